@@ -1,0 +1,57 @@
+"""Strict test setup: simulated devices, no implicit promotion, fixed seeds, data by marker."""
+
+import os
+
+# Before JAX initialises its backend: eight simulated devices on any machine.
+os.environ.setdefault('XLA_FLAGS', '')
+if 'xla_force_host_platform_device_count' not in os.environ['XLA_FLAGS']:
+  os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+  np.random.seed(0)
+
+
+@pytest.fixture
+def strict_dtypes():
+  """Raises on any implicit dtype promotion while the test runs."""
+  with jax.numpy_dtype_promotion('strict'):
+    yield
+
+
+@pytest.fixture
+def x64():
+  """float64 and complex128 are real inside the test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> pathlib.Path:
+  """The folder of real data named by FQJAX_DATA_DIR, or a skip that says so."""
+  value = os.environ.get('FQJAX_DATA_DIR')
+  if not value:
+    pytest.skip('set FQJAX_DATA_DIR to the folder of real data sets to run this test')
+  path = pathlib.Path(value)
+  if not path.is_dir():
+    pytest.fail(f'FQJAX_DATA_DIR={value} is not a folder')
+  return path
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption('-m'):
+    return
+  skip = pytest.mark.skip(reason='long: runs with `make test-all`')
+  for item in items:
+    if 'full' in item.keywords:
+      item.add_marker(skip)
