@@ -1,0 +1,26 @@
+"""Labelled images from disk to device: sources, preparation, host transforms, loader."""
+
+from fqjax.data._images import CorruptImageError as CorruptImageError
+from fqjax.data._images import decode_image as decode_image
+from fqjax.data._images import encode_jpeg as encode_jpeg
+from fqjax.data._loader import Corrupt as Corrupt
+from fqjax.data._loader import Loader as Loader
+from fqjax.data._loader import LoaderIterator as LoaderIterator
+from fqjax.data._loader import Prefetcher as Prefetcher
+from fqjax.data._loader import prefetch_to_device as prefetch_to_device
+from fqjax.data._named import load_source as load_source
+from fqjax.data._records import RecordSource as RecordSource
+from fqjax.data._sources import ArraySource as ArraySource
+from fqjax.data._sources import CachedSource as CachedSource
+from fqjax.data._sources import FolderSource as FolderSource
+from fqjax.data._sources import Source as Source
+from fqjax.data._sources import TfdsSource as TfdsSource
+from fqjax.data._sources import ZipSource as ZipSource
+from fqjax.data._transforms import center_crop as center_crop
+from fqjax.data._transforms import chain as chain
+from fqjax.data._transforms import crop_box as crop_box
+from fqjax.data._transforms import pad_crop as pad_crop
+from fqjax.data._transforms import random_flip as random_flip
+from fqjax.data._transforms import random_resized_crop as random_resized_crop
+from fqjax.data._transforms import resize as resize
+from fqjax.data._transforms import resize_crop as resize_crop

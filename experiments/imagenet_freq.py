@@ -1,0 +1,555 @@
+"""Classifiers on DCT coefficients, with learned channel selection (Xu et al., CVPR 2020).
+
+  python -m experiments.imagenet_freq --config=configs/imagenet_freq.py:demo --workdir=runs/demo
+
+A run trains one or more *settings*, each with one or more seeds, on equal data and schedule:
+
+  rgb                 the small RGB image, the network as published
+  rgb_half_idct       RGB of the small size made by a half-scale inverse DCT of the large image
+  rgb_large_patchify  the large RGB image through a block-sized stem of equal cost
+  dct                 a fixed subset of the large image's DCT coefficients, no stem
+  dct_gate            all coefficients, the gate chooses channel by channel
+  gate_then_static    the subset that `dct_gate` chose while training, fixed
+
+The three RGB settings are the controls that tell the effect of the coefficients from that of the
+larger image. Run again with the same `--workdir`, it goes on where it stopped. At the end
+`report.html` and `results.json` stand in the workdir.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import app, flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+import optax
+
+from experiments import ledger
+from fqjax import data as fd
+from fqjax import models, ops, tracing, train
+from fqjax import nn as fnn
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of checkpoints, metrics and the report.')
+
+
+class Setting(NamedTuple):
+  """What distinguishes one row of the comparison from another."""
+
+  title: str
+  kind: str  # of `fd.InputSpec`
+  suffix: str  # of the network's name
+  large: bool  # sees the large image
+  gate: bool = False
+
+
+SETTINGS = {
+  'rgb': Setting('RGB, small image', 'rgb', '', large=False),
+  'rgb_half_idct': Setting('RGB, half-scale inverse DCT', 'rgb_half_idct', '', large=True),
+  'rgb_large_patchify': Setting('RGB, large image, block stem', 'rgb', '_patchify', large=True),
+  'dct': Setting('DCT, static subset', 'dct', '_dct', large=True),
+  'dct_gate': Setting('DCT, gated', 'dct', '_dct', large=True, gate=True),
+  'gate_then_static': Setting('DCT, subset the gate chose', 'dct', '_dct', large=True),
+}
+
+
+class Program(NamedTuple):
+  """Everything about a setting that its seeds share, compiled once."""
+
+  spec: fd.InputSpec
+  model: nn.Module
+  tx: optax.GradientTransformation
+  step: Any
+  eval_step: Any
+  predict: Any
+  total_steps: int
+  steps_per_epoch: int
+  costs: dict[str, float]
+
+
+def main(argv):
+  """Trains every setting with every seed, then compares and reports."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  check(config)
+
+  # ---------------------------------------------------------------- machines
+  train.initialize_distributed()
+  mesh = train.make_mesh()
+  first = jax.process_index() == 0
+  workdir.mkdir(parents=True, exist_ok=True)
+  if first:
+    write_atomically(workdir / 'config.json', config.to_json_best_effort(indent=2))
+  # The seeds of a setting, and a restarted run, find their programs compiled.
+  jax.config.update('jax_compilation_cache_dir', os.fspath((workdir / 'jax_cache').absolute()))
+
+  # ---------------------------------------------------------------- data
+  sources = [
+    fd.load_source(config.data.name, split, **data_options(config))
+    for split in (config.data.train_split, config.data.val_split)
+  ]
+  say(f'{config.data.name}: {len(sources[0])} training and {len(sources[1])} validation images')
+
+  # ---------------------------------------------------------------- training
+  started = time.time()
+  runs: dict[str, list[dict]] = {}
+  for i, name in enumerate(config.settings):
+    channels = chosen_channels(config, name, runs)
+    program = None
+    for j, seed in enumerate(config.seeds):
+      folder = workdir / name / f'seed{seed}'
+      result = read_result(folder)
+      if result is None:
+        say(f'[{i * len(config.seeds) + j + 1}/{len(config.settings) * len(config.seeds)}] '
+            f'{name}, seed {seed} -> {folder}')  # fmt: skip
+        if program is None:
+          program = build(config, name, channels, sources[0], mesh)
+        result = run(config, name, seed, program, sources, folder, mesh)
+      runs.setdefault(name, []).append(result)
+
+  # ---------------------------------------------------------------- outcome
+  rows = compare(config, runs)
+  if first:
+    write_atomically(workdir / 'results.json', json.dumps(rows, indent=2))
+    write_report(config, workdir, rows, runs, sources[1])
+    if config.record:
+      record(config, rows)
+    print_table(rows)
+    print(f'{time.time() - started:.0f} s. Report: {workdir / "report.html"}')
+    print(f'Numbers: {workdir / "results.json"}')
+  train.finalize_distributed()
+
+
+# ---------------------------------------------------------------------------- one setting
+
+
+def check(config) -> None:
+  """Refuses what can only fail later, before anything is trained.
+
+  Raises:
+    ValueError: an unknown setting, or one whose prerequisite is not part of the run.
+  """
+  unknown = [name for name in config.settings if name not in SETTINGS]
+  if unknown or not config.settings:
+    raise ValueError(f'unknown settings {unknown}; known are {", ".join(SETTINGS)}')
+  order = list(config.settings)
+  if 'gate_then_static' in order and (
+    'dct_gate' not in order or order.index('dct_gate') > order.index('gate_then_static')
+  ):
+    raise ValueError("'gate_then_static' needs 'dct_gate' before it: --config=...,settings=dct_gate+gate_then_static")
+  if config.size % config.dct.block:
+    raise ValueError(f'size={config.size} is not divisible by dct.block={config.dct.block}')
+
+
+def data_options(config) -> dict:
+  """Keyword arguments of `load_source` that this configuration asks for."""
+  return {'data_dir': config.data.data_dir} if config.data.data_dir else {}
+
+
+def chosen_channels(config, name: str, runs) -> tuple[int, ...] | None:
+  """The DCT channels a setting sends to the device; `None` means all of them."""
+  if name == 'dct':
+    return ops.channel_subset(f'{config.dct.pattern}{config.dct.channels}', size=config.dct.block)
+  if name == 'gate_then_static':
+    # Chosen on training images alone, and the same for every seed.
+    heatmap = np.mean([run['selection'] for run in runs['dct_gate']], axis=0)
+    return ops.select_channels(heatmap, config.dct.channels)
+  return None
+
+
+def train_transform(config, size: int):
+  """Host augmentation in pixels that ends on `size`-pixel images."""
+  d = config.data
+  if d.augment == 'random_resized_crop':
+    crop = fd.random_resized_crop(size, scale=(d.min_area, 1.0), rule=d.crop_rule)
+    return fd.chain(crop, fd.random_flip())
+  # Small images are augmented alike for every setting, then brought to the setting's size.
+  steps = {'pad_crop': [fd.pad_crop(config.size // 8), fd.random_flip()],
+           'flip': [fd.random_flip()], 'none': []}[d.augment]  # fmt: skip
+  return fd.chain(*steps, fd.resize(size)) if size != config.size else fd.chain(*steps)
+
+
+def eval_transform(config, size: int):
+  """Resize and centre crop for photographs of any size, resize alone for those of one size."""
+  if config.data.augment == 'random_resized_crop':
+    return fd.resize_crop(size * 8 // 7, size)
+  return fd.resize(size)
+
+
+def sides(config, name: str) -> int:
+  """Side in pixels of the images that reach the device."""
+  return config.size if SETTINGS[name].large else config.rgb_size
+
+
+def make_spec(config, name: str, channels, source) -> fd.InputSpec:
+  """Input of a setting, normalised by statistics of training images alone."""
+  setting, size = SETTINGS[name], sides(config, name)
+  spec = fd.InputSpec(
+    kind=setting.kind, size=size, block=config.dct.block, channels=channels, chroma=config.dct.chroma
+  )
+  if setting.kind == 'dct' and config.dct.statistics != 'pooled':
+    return fd.spec_with_statistics(spec, config.dct.statistics)
+  loader = fd.Loader(
+    source,
+    batch_size=min(64, len(source)),
+    seed=0,
+    transform=eval_transform(config, size),
+    process_index=0,  # every process sees the same images, hence the same statistics
+    process_count=1,
+  )
+  batches = (batch['image'] for batch, _ in zip(loader, range(-(-config.dct.statistics_images // 64))))
+  return fd.spec_with_statistics(spec, fd.estimate_statistics(spec, batches))
+
+
+def build(config, name: str, channels, source, mesh) -> Program:
+  """Input, network, optimiser and compiled steps of one setting."""
+  setting = SETTINGS[name]
+  spec = make_spec(config, name, channels, source)
+  options: dict[str, Any] = {'dtype': jnp.dtype(config.model.dtype), 'norm_groups': config.model.norm_groups}
+  if setting.suffix == '_dct':
+    options.update(channels=spec.num_channels, gate=setting.gate)
+  elif setting.suffix == '_patchify':
+    options.update(channels=config.dct.channels, block=config.dct.block)
+  elif config.model.stem_stride:
+    options['stem_stride'] = config.model.stem_stride
+  if config.model.name.startswith('resnet') and setting.suffix:
+    options['stage2_stride'] = config.model.stage2_stride
+  if config.model.width != 1.0:
+    options['width'] = config.model.width
+  model = models.create_model(config.model.name + setting.suffix, num_classes=source.num_classes, **options)
+
+  # ---- schedule and optimiser, the same for every setting
+  o = config.optim
+  steps_per_epoch = max(1, len(source) // config.data.batch_size)
+  total = max(1, round(o.epochs * steps_per_epoch))
+  lr = schedule(o, total, steps_per_epoch)
+  tx = optax.chain(
+    optax.clip_by_global_norm(o.clip) if o.clip else optax.identity(),
+    optax.add_decayed_weights(o.weight_decay, mask=train.decay_mask),
+    optax.sgd(lr, momentum=o.momentum, nesterov=o.nesterov),
+  )
+
+  def apply(params, model_state, images, key, train):
+    x = fd.preprocess(spec, images, None if key is None else jax.random.fold_in(key, 0), train=train)
+    variables = {'params': params, 'batch_stats': model_state['batch_stats']}
+    rngs = {'gate': jax.random.fold_in(key, 1)} if train and setting.gate else {}
+    mutable = ['batch_stats', 'gates'] if train else ['gates']
+    logits, new = model.apply(variables, x, train=train, mutable=mutable, rngs=rngs)
+    return logits, new
+
+  def loss_fn(params, model_state, batch, key):
+    logits, new = apply(params, model_state, batch['image'], key, True)
+    target = optax.smooth_labels(jax.nn.one_hot(batch['label'], logits.shape[-1]), o.label_smoothing)
+    weight = batch['mask'] / jnp.maximum(batch['mask'].sum(), 1)
+    loss = jnp.sum(weight * optax.softmax_cross_entropy(logits, target))
+    calls = model_state['calls']
+    metrics = {
+      'top1': jnp.sum(weight * (logits.argmax(-1) == batch['label'])),
+      'lr': lr(calls // o.accumulate),
+    }
+    state = {'batch_stats': new['batch_stats'], 'calls': calls + 1}
+    if setting.gate:
+      on = new['gates']['gate']['on']
+      ramp = max(1.0, config.gate.penalty_warmup * total * o.accumulate)
+      growing = jnp.minimum(1.0, calls.astype(jnp.float32) / ramp)
+      loss += growing * fnn.gate_penalty(on, config.gate.penalty)
+      state['selection'] = fnn.update_selection(model_state['selection'], on)
+      metrics['channels_on'] = on.sum(-1).mean()
+    return loss, (state, metrics)
+
+  def eval_fn(params, model_state, batch):
+    logits, new = apply(params, model_state, batch['image'], None, False)
+    mask, label = batch['mask'], batch['label']
+    k = min(5, logits.shape[-1])
+    hit = jax.lax.top_k(logits, k)[1] == label[:, None]
+    ce = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    sums = {
+      'count': mask.sum(),
+      'loss': (ce * mask).sum(),
+      'top1': (hit[:, 0] * mask).sum(),
+      'top5': (hit.any(-1) * mask).sum(),
+    }
+    if setting.gate:
+      sums['channels_on'] = (new['gates']['gate']['on'].sum(-1) * mask).sum()
+    return sums
+
+  def predict_fn(params, model_state, images):
+    logits = apply(params, model_state, images, None, False)[0]
+    probability, label = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+    return {'label': label, 'probability': probability}
+
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  costs = {
+    'input_bytes': spec.input_bytes,
+    'input_values': spec.values,
+    **network_costs(model, spec),
+  }
+  return Program(
+    spec=spec,
+    model=model,
+    tx=tx,
+    step=train.make_train_step(
+      loss_fn, tx, mesh=mesh, accumulate=o.accumulate, ema_decay=o.ema or None
+    ),
+    eval_step=train.make_eval_step(eval_fn, mesh=mesh),
+    predict=jax.jit(predict_fn, out_shardings=replicated),
+    total_steps=total,
+    steps_per_epoch=steps_per_epoch,
+    costs=costs,
+  )
+
+
+def schedule(o, total: int, steps_per_epoch: int) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then cosine to zero or steps of 0.1."""
+  warmup = min(round(o.warmup_epochs * steps_per_epoch), total - 1)
+  if o.schedule == 'cosine':
+    after = optax.cosine_decay_schedule(o.lr, total - warmup)
+  elif o.schedule == 'step':
+    after = optax.piecewise_constant_schedule(
+      o.lr, {round(m * steps_per_epoch) - warmup: 0.1 for m in o.milestones}
+    )
+  else:
+    raise ValueError(f"optim.schedule is 'cosine' or 'step', got {o.schedule!r}")
+  return optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(warmup, 1)), after], [warmup])
+
+
+def network_costs(model, spec) -> dict[str, float]:
+  """Multiply-accumulates and parameters of one image's forward pass."""
+  x = jax.ShapeDtypeStruct((1, *spec.output_shape), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  total = tracing.summary(lambda v, y: model.apply(v, y), variables, x)
+  return {'macs': float(total.macs), 'params': float(total.params)}
+
+
+# ---------------------------------------------------------------------------- one run
+
+
+def initial_variables(config, program: Program, name: str, key, source):
+  """Random variables, or those of an RGB network as `config.init` says."""
+  x = jnp.zeros((1, *program.spec.output_shape))
+  variables = jax.jit(program.model.init)({'params': key, 'gate': key}, x)
+  if not config.init.rgb:
+    return variables
+  path = pathlib.Path(config.init.rgb)
+  rgb_model = models.create_model(config.model.name, num_classes=source.num_classes)
+  if path.suffix == '.safetensors':
+    rgb = models.import_torchvision(path, rgb_model)
+  else:
+    rgb = train.load_variables(path)
+  if not SETTINGS[name].suffix:
+    return rgb
+  features = {}
+  if config.init.method == 'least_squares':
+    features = stem_features(config, program, rgb_model, rgb, source)
+  return models.rgb_to_dct_variables(rgb, variables, method=config.init.method, **features)
+
+
+def stem_features(config, program: Program, rgb_model, rgb, source):
+  """What the RGB stem and the DCT make of the same training images, for the least-squares fit."""
+  rgb_spec = make_spec(config, 'rgb', None, source)
+  loader = fd.Loader(source, batch_size=16, seed=1, transform=eval_transform(config, config.size))
+  small = fd.resize(config.rgb_size)
+  stems, coefficients = [], []
+  for batch, _ in zip(loader, range(-(-config.init.images // 16))):
+    half = np.stack([small({'image': image}, None)['image'] for image in batch['image']])
+    stems.append(models.stem_features(rgb_model, rgb, fd.preprocess(rgb_spec, half)))
+    coefficients.append(fd.preprocess(program.spec, batch['image']))
+  return {'stem_features': np.concatenate(stems), 'dct_features': np.concatenate(coefficients)}
+
+
+def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -> dict:
+  """Trains and scores one seed of one setting; its outcome is also `folder/result.json`."""
+  d, size = config.data, sides(config, name)
+  loader = fd.Loader(
+    sources[0],
+    batch_size=d.batch_size,
+    seed=seed,
+    workers=d.workers,
+    transform=train_transform(config, size),
+    strict=d.strict,
+  )
+
+  def validation():
+    return fd.Loader(
+      sources[1],
+      batch_size=d.eval_batch_size,
+      shuffle=False,
+      repeat=False,
+      workers=d.workers,
+      transform=eval_transform(config, size),
+      strict=d.strict,
+    )
+
+  key = jax.random.key(seed)
+  variables = initial_variables(config, program, name, jax.random.fold_in(key, 0), sources[0])
+  model_state = {'batch_stats': variables['batch_stats'], 'calls': jnp.zeros((), jnp.int32)}
+  if SETTINGS[name].gate:
+    model_state['selection'] = fnn.init_selection(program.spec.num_channels)
+  state = train.create_state(
+    variables['params'], model_state, program.tx, key=jax.random.fold_in(key, 1),
+    ema=bool(config.optim.ema),
+  )  # fmt: skip
+  del variables  # donated with the state by the first step
+
+  def val(state):
+    means = train.evaluate(
+      program.eval_step, state, validation(), mesh=mesh, use_ema=bool(config.optim.ema)
+    )
+    return {f'val/{k}': v for k, v in means.items()}
+
+  started = time.time()
+  fitted = train.fit(
+    state,
+    program.step,
+    loader,
+    workdir=folder,
+    total_steps=program.total_steps,
+    mesh=mesh,
+    evaluators=(val,),
+    log_every=config.log_every,
+    eval_every=max(1, round(config.eval_epochs * program.steps_per_epoch)),
+    checkpoint_every=max(1, round(config.checkpoint_epochs * program.steps_per_epoch)),
+    keep=config.keep_checkpoints,
+    profile=config.profile,
+  )
+  state = fitted.state
+  scored = predictions(config, program, state, validation(), mesh)
+  result = {
+    'setting': name,
+    'seed': seed,
+    'top1': float(100 * (scored['top'][:, 0] == scored['label']).mean()),
+    'top5': float(100 * (scored['top'] == scored['label'][:, None]).any(-1).mean()),
+    'samples': len(scored['label']),
+    'seconds': time.time() - started,
+    **program.costs,
+  }
+  if program.spec.channels is not None:
+    result['channels'] = list(program.spec.channels)
+  if SETTINGS[name].gate:
+    selection = fnn.selection_frequency(jax.device_get(state.model_state['selection']))
+    result['selection'] = np.asarray(selection).tolist()
+    result['channels_on'] = fitted.history[-1].get('val/channels_on')
+  if jax.process_index() == 0:
+    save_arrays(folder / 'predictions.npz', **scored)
+    write_atomically(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
+  return result
+
+
+def predictions(config, program: Program, state, loader, mesh) -> dict[str, np.ndarray]:
+  """Five most probable classes of every validation image, in the order of the source."""
+  use_ema = bool(config.optim.ema)
+  params = state.ema if use_ema else state.params
+  parts = []
+  for batch in loader:
+    batch = train.shard_batch(batch, mesh)
+    out = program.predict(params, state.model_state, batch['image'])
+    rest = {k: train.gather(batch[k], mesh) for k in ('label', 'mask', 'index')}
+    parts.append({'top': np.asarray(out['label']), 'probability': np.asarray(out['probability']), **rest})
+  merged = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+  real = merged.pop('mask') > 0
+  return {k: v[real] for k, v in merged.items()}
+
+
+# ---------------------------------------------------------------------------- comparison
+
+
+def compare(config, runs) -> list[dict]:
+  """One row per setting: means over the seeds, and the gain over RGB on the same images.
+
+  The spread is a standard error: the seeds' and the images' (paired for the gain, where both
+  networks see the same images), added in quadrature.
+  """
+  workdir = pathlib.Path(_WORKDIR.value)
+  right = {name: correctness(workdir, name, results) for name, results in runs.items()}
+  rows = []
+  for name, results in runs.items():
+    row = {
+      'setting': name,
+      'title': SETTINGS[name].title,
+      'top1': float(np.mean([r['top1'] for r in results])),
+      'spread': quadrature(100 * right[name]),
+      'top5': float(np.mean([r['top5'] for r in results])),
+      'seeds': len(results),
+      'samples': results[0]['samples'],
+      'seconds': float(np.mean([r['seconds'] for r in results])),
+    }
+    row.update({k: results[0][k] for k in ('input_bytes', 'input_values', 'macs', 'params')})
+    if SETTINGS[name].gate:
+      row['channels_on'] = float(np.mean([r['channels_on'] for r in results]))
+    if name != 'rgb' and 'rgb' in right:
+      difference = 100 * (right[name] - right['rgb'])
+      row.update(gain=float(difference.mean()), gain_spread=quadrature(difference))
+    rows.append(row)
+  return rows
+
+
+def correctness(workdir, name: str, results) -> np.ndarray:
+  """1 where seed `s` got image `i` right: [seeds, images] float64."""
+  per_seed = []
+  for result in results:
+    with np.load(workdir / name / f'seed{result["seed"]}' / 'predictions.npz') as z:
+      order = np.argsort(z['index'])
+      per_seed.append((z['top'][:, 0] == z['label'])[order])
+  return np.stack(per_seed).astype(np.float64)
+
+
+def quadrature(values: np.ndarray) -> float:
+  """Standard error of the mean of [seeds, images], from both kinds of variation."""
+  seeds, images = values.shape
+  over_images = values.mean(0).std(ddof=1) / images**0.5 if images > 1 else 0.0
+  over_seeds = values.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+  return float(np.hypot(over_images, over_seeds))
+
+
+def print_table(rows: list[dict]) -> None:
+  """The comparison on the terminal."""
+  print(f'\n{"setting":<32}{"top-1 %":>16}{"input bytes":>13}{"values":>9}{"MACs":>9}{"gain":>16}')
+  for row in rows:
+    gain = f'{row["gain"]:+.2f} ± {row["gain_spread"]:.2f}' if 'gain' in row else ''
+    top1 = f'{row["top1"]:.2f} ± {row["spread"]:.2f}'
+    print(f'{row["title"]:<32}{top1:>16}{row["input_bytes"]:>13,}{row["input_values"]:>9,}'
+          f'{row["macs"] / 1e6:>8.2f}M{gain:>16}')  # fmt: skip
+  print('± is one standard error (seeds and images together; paired for the gain).\n')
+
+
+# ---------------------------------------------------------------------------- small files
+
+
+def say(text: str) -> None:
+  """Prints once per cluster."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a text file that is either whole or not there."""
+  part = path.with_name(path.name + '.part')
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def save_arrays(path: pathlib.Path, **arrays) -> None:
+  """Writes an .npz that is either whole or not there."""
+  part = path.with_name(path.name + '.part')
+  with part.open('wb') as f:
+    np.savez_compressed(f, **arrays)
+  os.replace(part, path)
+
+
+def read_result(folder: pathlib.Path) -> dict | None:
+  """Outcome of a finished run, if there is one."""
+  path = folder / 'result.json'
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main)

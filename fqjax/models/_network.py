@@ -1,0 +1,120 @@
+"""What all our networks share: common options, the way in and the way out."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, Literal
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from fqjax.nn import BatchNorm, ChannelGate
+
+# Normal, not truncated normal, and over the outputs: as the published networks start.
+HE_NORMAL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class Network(nn.Module):
+  """Options common to all networks; made by `create_model`, see there.
+
+  Attributes:
+    num_classes: Number of logits.
+    entry: What the network receives: 'rgb' images into the usual stem, 'dct' maps that replace
+      the stem, or 'patchify': RGB images through one `block` x `block` / `block` convolution.
+    channels: Number of DCT channels, or of patchify outputs; of no effect for 'rgb'.
+    block: Side of the patchify convolution.
+    gate: Learned choice of the DCT channels (`fqjax.nn.ChannelGate`); 'global' for logits that
+      do not depend on the image.
+    gate_sample_at_eval: Sample the gate in evaluation too, as the public code does.
+    dtype: Type of the computation. Parameters, batch norm, pooling and logits are float32.
+    norm_groups: Parts of the batch with batch statistics of their own.
+    norm_momentum: Share of the running batch statistics kept at each step.
+  """
+
+  num_classes: int = 1000
+  entry: Literal['rgb', 'dct', 'patchify'] = 'rgb'
+  channels: int = 24
+  block: int = 8
+  gate: bool | Literal['global'] = False
+  gate_sample_at_eval: bool = False
+  dtype: Any = jnp.float32
+  norm_groups: int = 1
+  norm_momentum: float = 0.9
+
+
+def layers(net: Network, epsilon: float = 1e-5, same: bool = False) -> tuple[Callable, Callable]:
+  """Returns `conv(features, size, stride=1, ...)` and `norm(...)` with the options of `net`.
+
+  Args:
+    net: The network the layers are for.
+    epsilon: Of the batch norm.
+    same: TensorFlow's 'SAME' padding; otherwise size // 2 zeros on every side.
+  """
+
+  def conv(features: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
+    options: dict[str, Any] = {
+      'padding': 'SAME' if same else size // 2,
+      'use_bias': False,
+      'dtype': net.dtype,
+      'kernel_init': HE_NORMAL,
+    }
+    return nn.Conv(features, (size, size), stride, **(options | kwargs))
+
+  norm = functools.partial(
+    BatchNorm,
+    momentum=net.norm_momentum,
+    epsilon=epsilon,
+    groups=net.norm_groups,
+    dtype=net.dtype,
+  )
+  return conv, norm
+
+
+def enter(net: Network, x: jax.Array, train: bool, conv: Callable, norm: Callable) -> jax.Array:
+  """Checks the input, gates or patchifies it; for 'rgb' only casts it."""
+  expected = net.channels if net.entry == 'dct' else 3
+  if x.ndim != 4 or x.shape[-1] != expected:
+    kind = {'dct': 'DCT maps', 'rgb': 'RGB images', 'patchify': 'full-size RGB images'}[net.entry]
+    advice = (
+      f'Make the model with channels={x.shape[-1]}, or select {expected} channels first.'
+      if net.entry == 'dct' and x.ndim == 4
+      else 'Axes are batch, height, width, channels; DCT maps need the `_dct` model.'
+    )
+    raise ValueError(
+      f'this network takes {kind} of {expected} channels [n, h, w, {expected}], '
+      f'got x: {list(x.shape)}.\n  {advice}'
+    )
+  if net.entry == 'dct' and net.gate:
+    x = ChannelGate(
+      global_logits=net.gate == 'global',
+      sample_at_eval=net.gate_sample_at_eval,
+      norm_groups=net.norm_groups,
+      norm_momentum=net.norm_momentum,
+      name='gate',
+    )(x, train)
+  x = x.astype(net.dtype)
+  if net.entry == 'patchify':
+    if x.shape[1] % net.block or x.shape[2] % net.block:
+      raise ValueError(
+        f'patchify with block={net.block} needs height and width divisible by {net.block}, '
+        f'got x: {list(x.shape)}.\n  Crop or pad first.'
+      )
+    # Convolution and norm without a ReLU: the learned counterpart of what the DCT model gets,
+    # an orthonormal linear map of each block with every channel normalised. A ReLU would drop
+    # the sign of each coefficient here only, and the comparison would no longer be fair.
+    x = conv(net.channels, net.block, net.block, padding='VALID', name='conv1')(x)
+    x = norm(name='bn1')(x, train)
+  return x
+
+
+def leave(net: Network, x: jax.Array, name: str, kernel_init: Callable) -> jax.Array:
+  """Averages over the map and classifies, in float32 at least."""
+  dtype = jnp.promote_types(net.dtype, jnp.float32)
+  x = jnp.mean(x.astype(dtype), axis=(1, 2))
+  return nn.Dense(net.num_classes, dtype=dtype, kernel_init=kernel_init, name=name)(x)
+
+
+def keep_features(module: nn.Module, x: jax.Array) -> None:
+  """Shows the map on which an RGB and a DCT network are fitted to each other."""
+  if not module.is_initializing():
+    module.sow('features', 'entry', x, init_fn=lambda: x, reduce_fn=lambda _, new: new)

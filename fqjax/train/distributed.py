@@ -1,0 +1,124 @@
+"""Several processes: a guarded start, who is who, and a common end."""
+
+from collections.abc import Mapping
+import os
+import sys
+
+import jax
+
+_ASKED = 'FQJAX_DISTRIBUTED'
+
+
+def initialize_distributed(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  distributed: bool | None = None,
+  timeout: int = 300,
+) -> bool:
+  """Joins the processes of a run; the first call of `main`, before anything touches a device.
+
+  Does nothing unless asked: by `distributed=True` (or `FQJAX_DISTRIBUTED=1`, what TPU pods need), by
+  a coordinator (argument or `JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`), or by a launcher it recognises (`srun` with several tasks, Open MPI's `mpirun`).
+  A second call does nothing.
+
+  Args:
+    coordinator: `host:port` of process 0; found by JAX on TPU pods, SLURM and Open MPI.
+    num_processes: number of processes of the run.
+    process_id: this process, `0 <= process_id < num_processes`.
+    distributed: True asks, False forbids, None looks at the environment.
+    timeout: seconds to wait for the others.
+
+  Returns:
+    Whether the run has several processes under one coordinator.
+
+  Raises:
+    RuntimeError: if the others do not appear in time, or JAX has used a device already.
+    ValueError: if only some of coordinator, number and id are known.
+
+  Examples:
+    >>> initialize_distributed(distributed=False)
+    False
+  """
+  env = os.environ
+  coordinator = coordinator or env.get('JAX_COORDINATOR_ADDRESS')
+  num_processes = _number(num_processes, env, 'JAX_NUM_PROCESSES')
+  process_id = _number(process_id, env, 'JAX_PROCESS_ID')
+  if distributed is None:
+    distributed = env.get(_ASKED, '0') not in ('', '0') or bool(coordinator) or _launched(env)
+  if not distributed:
+    return False
+  if jax.distributed.is_initialized():
+    return True
+  given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
+  missing = [name for name, value in given.items() if value is None]
+  if missing and len(missing) < 3 and not _launched(env):
+    raise ValueError(
+      f'initialize_distributed needs all of {list(given)} or none; {missing} is not given.'
+      ' Set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.'
+    )
+  try:
+    jax.distributed.initialize(
+      coordinator_address=coordinator,
+      num_processes=num_processes,
+      process_id=process_id,
+      initialization_timeout=timeout,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise RuntimeError(
+      f'the processes of this run did not find each other (coordinator {coordinator or "automatic"},'
+      f' process {process_id} of {num_processes}, {timeout} s):\n  {e}\n'
+      'Start every process with the same command and coordinator, make sure its port is open, unset'
+      ' proxy variables, and call initialize_distributed before anything uses a device. For a run'
+      ' of one process leave FQJAX_DISTRIBUTED and JAX_COORDINATOR_ADDRESS unset.'
+    ) from e
+  local, total = jax.local_device_count(), jax.device_count()
+  print(
+    f'process {jax.process_index()} of {jax.process_count()}: {local} of {total}'
+    f' {jax.devices()[0].device_kind} devices',
+    flush=True,
+  )
+  return jax.process_count() > 1
+
+
+def is_main() -> bool:
+  """Whether this is process 0, the one that prints and writes metrics."""
+  return jax.process_index() == 0
+
+
+def synchronize(name: str) -> None:
+  """Waits until every process is here; no process may leave a run before the others."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+def enable_compile_cache(folder: str | os.PathLike) -> None:
+  """Keeps compiled programs on disk, so that a restart does not compile again.
+
+  Args:
+    folder: shared by runs of the same machine type.
+
+  Examples:
+    >>> import tempfile
+    >>> enable_compile_cache(tempfile.mkdtemp())
+  """
+  jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
+
+
+def _number(value: int | None, env: Mapping[str, str], name: str) -> int | None:
+  if value is not None or name not in env:
+    return value
+  try:
+    return int(env[name])
+  except ValueError:
+    sys.exit(f'{name}={env[name]!r} must be a whole number.')
+
+
+def _launched(env: Mapping[str, str]) -> bool:
+  # Counts of the running step, not of the allocation: `python x.py` inside `salloc` is one process.
+  tasks = [env.get('SLURM_STEP_NUM_TASKS', '1'), env.get('OMPI_COMM_WORLD_SIZE', '1')]
+  return any(t.isdigit() and int(t) > 1 for t in tasks)

@@ -1,0 +1,667 @@
+"""The report of a run: one HTML file that needs nothing else, not even a network."""
+
+import base64
+from collections.abc import Mapping, Sequence
+import dataclasses
+import datetime
+import html
+import importlib.metadata
+import io
+import json
+import math
+import numbers
+import os
+import pathlib
+import platform
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import PIL.Image
+
+from fqjax.train import _svg
+
+COMPONENTS = ('Y', 'Cb', 'Cr')
+# Wider than this, a matrix says less than a list of its largest entries.
+MAX_MATRIX = 30
+MAX_SAMPLES = 48
+
+
+class Table(NamedTuple):
+  """A table of the report.
+
+  Attributes:
+    title: heading above it.
+    head: names of the columns; the first column names the rows.
+    rows: cells: text, a number, a pair (value, standard error), or None for empty.
+    note: one sentence below it.
+  """
+
+  title: str
+  head: Sequence[str]
+  rows: Sequence[Sequence[Any]]
+  note: str = ''
+
+
+class Sample(NamedTuple):
+  """A photograph and what the network said.
+
+  Attributes:
+    image: uint8 [h, w, 3].
+    label: true class, as an index or a name.
+    prediction: predicted class, likewise.
+    probability: of the predicted class, 0..1, if known.
+  """
+
+  image: np.ndarray
+  label: int | str
+  prediction: int | str
+  probability: float | None = None
+
+
+History = Sequence[Mapping[str, Any]]
+
+
+def write_report(
+  path: str | os.PathLike,
+  *,
+  title: str,
+  command: str,
+  config: Any,
+  history: History | Mapping[str, History],
+  heatmap: np.ndarray | None = None,
+  block: int = 8,
+  confusion: np.ndarray | None = None,
+  class_names: Sequence[str] | None = None,
+  samples: Sequence[Sample] = (),
+  tables: Sequence[Table] = (),
+  summary: Mapping[str, Any] | None = None,
+  hardware: str | None = None,
+) -> pathlib.Path:
+  """Writes the report of a run as one self-contained HTML file, whole or not at all.
+
+  Args:
+    path: where; folders above it are made.
+    title: heading of the page.
+    command: what to type to repeat the run.
+    config: mapping, dataclass, ConfigDict or text.
+    history: rows of `metrics.jsonl`, or several runs' rows by name. Values that are not finite are
+      gaps in the curves; rows may lack any key but 'step'.
+    heatmap: share of images in which each DCT channel was chosen, 0..1, channels in the order
+      `block**2 * component + block * u + v`: [components * block**2]. NaN: not offered.
+    block: block size of the DCT.
+    confusion: counts, [classes, classes]; rows are true classes, columns predictions.
+    class_names: names of the classes.
+    samples: photographs with predictions; the first 48 are shown.
+    tables: the first stands at the top, the others after the curves.
+    summary: name to value, shown largest; by default what `history` ends with.
+    hardware: what it ran on; by default what JAX and the system say.
+
+  Returns:
+    The path.
+
+  Raises:
+    ValueError: shapes that do not fit together, named.
+
+  Example:
+    >>> import tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> history = [{'step': 1, 'train/loss': 2.0}, {'step': 2, 'train/loss': 1.5}]
+    >>> write_report(
+    ...   folder / 'report.html', title='A run', command='python -m x', config={}, history=history
+    ... ).name
+    'report.html'
+  """
+  runs = dict(history) if isinstance(history, Mapping) else {'': history}
+  tables = [Table(*table) for table in tables]
+  if summary is None:
+    summary = _last_values(runs)
+  sections = [
+    ('summary', 'Result', _summary(summary) + ''.join(_table(t) for t in tables[:1])),
+    ('curves', 'Curves', _curves(runs)),
+    ('channels', 'Chosen channels', _heat_maps(heatmap, block)),
+    ('tables', 'Comparisons', ''.join(_table(t) for t in tables[1:])),
+    ('confusion', 'Confusion', _confusion(confusion, class_names)),
+    ('samples', 'Photographs', _samples(samples, class_names)),
+    ('repeat', 'Repeat it', _repeat(command, config, hardware)),
+  ]
+  sections = [section for section in sections if section[2]]
+  page = _page(title, sections)
+
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + '.part')
+  part.write_text(page, encoding='utf-8')
+  os.replace(part, path)
+  return path
+
+
+# -------------------------------------------------------------------- numbers and tables
+
+
+def _text(value: Any) -> str:
+  """A cell: numbers with the digits that mean something, pairs as value ± error, escaped."""
+  if value is None:
+    return ''
+  if isinstance(value, tuple) and len(value) == 2:
+    middle, spread = value
+    if spread is None or not math.isfinite(spread) or spread <= 0:
+      return _text(middle)
+    places = max(0, 1 - math.floor(math.log10(spread)))
+    return f'{middle:,.{places}f}&nbsp;± {spread:,.{places}f}'
+  if isinstance(value, (bool, np.bool_)):
+    return 'yes' if value else 'no'
+  if isinstance(value, numbers.Integral):
+    return f'{int(value):,}'
+  if isinstance(value, numbers.Real):
+    number = float(value)
+    if number == int(number) if math.isfinite(number) else False:
+      return f'{number:,.0f}'
+    return f'{number:,.1f}' if abs(number) >= 1000 else f'{number:.4g}'
+  return html.escape(str(value))
+
+
+def _column_texts(cells: Sequence[Any]) -> list[str]:
+  """Cells of one column; fractions get equally many decimals."""
+  texts = [_text(cell) for cell in cells]
+  plain = [isinstance(cell, numbers.Real) and math.isfinite(cell) for cell in cells]
+  places = [
+    len(t.partition('.')[2]) for t, p in zip(texts, plain, strict=True) if p and 'e' not in t
+  ]
+  if not places or max(places) == 0:
+    return texts
+  most = max(places)
+  return [f'{c:,.{most}f}' if p else t for c, p, t in zip(cells, plain, texts, strict=True)]
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (numbers.Real, tuple)) and not isinstance(value, bool)
+
+
+def _table(table: Table) -> str:
+  width = len(table.head)
+  for row in table.rows:
+    if len(row) != width:
+      raise ValueError(f'table {table.title!r} has {width} columns and a row of {len(row)}: {row}')
+  right = [
+    any(_is_number(row[i]) for row in table.rows)
+    and all(row[i] is None or _is_number(row[i]) for row in table.rows)
+    for i in range(width)
+  ]
+  side = [' class="number"' if r else '' for r in right]
+  texts = [_column_texts(column) for column in zip(*table.rows, strict=True)]
+  head = ''.join(
+    f'<th scope="col"{s}>{html.escape(name)}</th>' for name, s in zip(table.head, side, strict=True)
+  )
+  body = ''.join(
+    '<tr>'
+    + f'<th scope="row"{side[0]}>{row[0]}</th>'
+    + ''.join(f'<td{s}>{cell}</td>' for cell, s in zip(row[1:], side[1:], strict=True))
+    + '</tr>'
+    for row in zip(*texts, strict=True)
+  )
+  note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
+  return (
+    f'<h3>{html.escape(table.title)}</h3>'
+    f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">'
+    f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+  )
+
+
+def _last_values(runs: Mapping[str, History]) -> dict[str, Any]:
+  """Final accuracy and loss where there is a single run, and its length."""
+  if len(runs) != 1:
+    return {}
+  (rows,) = runs.values()
+  found = {}
+  for key, name in (('val/top1', 'Accuracy'), ('val/loss', 'Validation loss')):
+    values = _column(rows, key)[1]
+    values = values[np.isfinite(values)]
+    if values.size:
+      number = float(values[-1])
+      found[name] = f'{100 * number:.2f} %' if key == 'val/top1' else f'{number:.4g}'
+  if rows:
+    found['Steps'] = int(rows[-1]['step'])
+  return found
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+  items = ''.join(
+    f'<div><dt>{html.escape(name)}</dt><dd>{_text(value)}</dd></div>'
+    for name, value in summary.items()
+  )
+  return f'<dl class="facts">{items}</dl>' if items else ''
+
+
+# -------------------------------------------------------------------- curves
+
+
+def _column(rows: History, key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of one metric, sorted by step; a step met twice keeps its last value."""
+  found = {}
+  for row in rows:
+    if isinstance(row.get(key), numbers.Real):
+      found[float(row['step'])] = float(row[key])
+  steps = np.array(sorted(found))
+  return steps, np.array([found[s] for s in steps])
+
+
+# Title, endings of the metrics it shows (all in one unit).
+_CHARTS = (
+  ('Loss', ('loss',)),
+  ('Accuracy, %', ('top1', 'top5')),
+  ('Learning rate', ('lr',)),
+  ('Channels in use', ('channels_on',)),
+  ('Images per second', ('images_per_second',)),
+)
+_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'lr': 'learning rate', 'val': 'validation'}
+_NOT_DRAWN = ('step', 'time')
+
+
+def _curves(runs: Mapping[str, History]) -> str:
+  keys = dict.fromkeys(key for rows in runs.values() for row in rows for key in row)
+  keys = [key for key in keys if key not in _NOT_DRAWN]
+  named = {ending for _, endings in _CHARTS for ending in endings}
+  drawn = ''.join(_chart(title, runs, keys, endings) for title, endings in _CHARTS)
+  rest = ''.join(_chart(key, runs, [key]) for key in keys if key.split('/')[-1] not in named)
+  text = f'<div class="charts">{drawn}</div>' if drawn else ''
+  if drawn and len(runs) > 1:
+    none = np.zeros(0)
+    text = _svg.legend([_svg.Series(run, none, none, i, True) for i, run in enumerate(runs)]) + text
+  if drawn and any(key.startswith('train/') for key in keys):
+    text += '<p class="note">Thin lines: training. Lines with dots: validation.</p>'
+  if rest:
+    text += f'<details><summary>More curves</summary><div class="charts">{rest}</div></details>'
+  return text
+
+
+def _chart(
+  title: str, runs: Mapping[str, History], keys: Sequence[str], endings: Sequence[str] = ()
+) -> str:
+  """One chart of the metrics with these endings (any, if none are given), '' if there are none."""
+  if len(runs) > 1:
+    endings = endings[:1]  # a line per run and kind is as much as an eye can follow
+  keys = [key for key in keys if not endings or key.split('/')[-1] in endings]
+  series = []
+  for number, (run, rows) in enumerate(runs.items()):
+    for key in keys:
+      x, y = _column(rows, key)
+      if not np.isfinite(y).any():
+        continue
+      if title.endswith('%') and y[np.isfinite(y)].max() <= 1.0:
+        y = 100 * y
+      parts = key.split('/')
+      words = ' '.join(_NAMES.get(part, part.replace('_', ' ')) for part in parts)
+      measured = len(parts) > 1 and parts[0] != 'train'
+      # Of one run, training is grey and each measured metric has a colour; of several, each run.
+      alone = endings.index(parts[-1]) if measured and endings else 0 if measured else 5
+      style = number if len(runs) > 1 else alone
+      series.append(_svg.Series(f'{run}: {words}' if run else words, x, y, style, measured))
+  if not series:
+    return ''
+  finite = np.concatenate([s.y[np.isfinite(s.y)] for s in series])
+  log = title == 'Loss' and finite.min() > 0 and finite.max() > 50 * finite.min()
+  chart = _svg.line_chart(series, title=title, log=log)
+  heading = html.escape(title + (', logarithmic' if log else ''))
+  # Several runs share one legend above the charts.
+  own = _svg.legend(series) if len(runs) == 1 and len(series) > 1 else ''
+  return f'<figure><figcaption>{heading}</figcaption>{chart}{own}</figure>'
+
+
+# -------------------------------------------------------------------- channels
+
+
+def _heat_maps(heatmap: Any, block: int) -> str:
+  if heatmap is None:
+    return ''
+  heatmap = np.asarray(heatmap, np.float64).reshape(-1)
+  per = block * block
+  if heatmap.size not in (per, 3 * per):
+    raise ValueError(
+      f'heatmap has {heatmap.size} channels; block={block} makes {per} (Y) or {3 * per} (Y, Cb, Cr).'
+    )
+  panels, counts = [], []
+  for i, component in enumerate(COMPONENTS[: heatmap.size // per]):
+    part = heatmap[per * i : per * (i + 1)]
+    svg = _svg.heat_map(part, component=component, first=per * i, size=block)
+    panels.append(f'<figure><figcaption>{component}</figcaption>{svg}</figure>')
+    counts.append(f'{component} {int((part > 0.5).sum())}')
+  chosen = int((heatmap > 0.5).sum())
+  numbers_say = 'Numbers in the cells count along the zig-zag. ' if block <= 10 else ''
+  return (
+    f'<p>{chosen} of {heatmap.size} channels are chosen in more than half of the images: '
+    f'{", ".join(counts)}.</p>'
+    f'<div class="maps">{"".join(panels)}</div>'
+    '<p class="scale"><span>never</span><span class="ramp"></span><span>always chosen</span></p>'
+    f'<p class="note">Share of images in which the gate chose a frequency. {numbers_say}'
+    f'Rows are vertical frequency u, columns horizontal frequency v; the channel index is '
+    f'{per}·component + {block}·u + v (shown on hovering).</p>'
+  )
+
+
+# -------------------------------------------------------------------- confusion
+
+
+def _name(label: Any, class_names: Sequence[str] | None) -> str:
+  if isinstance(label, str):
+    return label
+  if class_names is not None and 0 <= int(label) < len(class_names):
+    return str(class_names[int(label)])
+  return f'class {int(label)}'
+
+
+def _confusion(confusion: Any, class_names: Sequence[str] | None) -> str:
+  if confusion is None:
+    return ''
+  counts = np.asarray(confusion)
+  if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+    raise ValueError(f'confusion must be [classes, classes], got {list(counts.shape)}.')
+  if class_names is not None and len(class_names) != len(counts):
+    raise ValueError(f'{len(class_names)} class names for {len(counts)} classes.')
+  n = len(counts)
+  names = [_name(i, class_names) for i in range(n)]
+  per_class = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+  if n > MAX_MATRIX:
+    wrong = counts * (1 - np.eye(n, dtype=counts.dtype))
+    order = np.argsort(-wrong, axis=None, kind='stable')[:20]
+    rows = []
+    for flat in order:
+      i, j = divmod(int(flat), n)
+      if wrong[i, j] > 0:
+        rows.append((names[i], names[j], int(counts[i, j]), round(100 * per_class[i, j], 1)))
+    worst = [i for i in np.argsort(np.diag(per_class), kind='stable') if counts[i].sum()][:10]
+    hard = [(names[i], round(100 * per_class[i, i], 1), int(counts[i].sum())) for i in worst]
+    return _table(
+      Table('Most confused pairs', ('was', 'taken for', 'images', 'of its class, %'), rows)
+    ) + _table(Table('Hardest classes', ('class', 'right, %', 'images'), hard))
+
+  head = ''.join(f'<th scope="col"><span>{html.escape(name)}</span></th>' for name in names)
+  body = []
+  for i in range(n):
+    cells = []
+    for j in range(n):
+      share = float(per_class[i, j])
+      strong = f'{" on-light" * (share > 0.74)}{" on-dark" * (share > 0.49)}'
+      cells.append(
+        f'<td class="{"right" if i == j else ""}{strong}" style="--v:{100 * share:.0f}%" '
+        f'title="{html.escape(names[i])} taken for {html.escape(names[j])}: '
+        f'{100 * share:.1f} %">{int(counts[i, j]) or "·"}</td>'
+      )
+    total = (
+      f'<td class="total">{100 * per_class[i, i]:.0f} %</td>' if counts[i].sum() else '<td></td>'
+    )
+    body.append(f'<tr><th scope="row">{html.escape(names[i])}</th>{"".join(cells)}{total}</tr>')
+  return (
+    '<p>Rows: what the image shows. Columns: what the network said. Number of images; '
+    'framed: right.</p>'
+    '<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">'
+    f'<table class="confusion"><thead><tr><td></td>{head}<th scope="col"><span>right</span></th>'
+    f'</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+  )
+
+
+# -------------------------------------------------------------------- photographs
+
+
+def _data_url(image: np.ndarray, side: int = 224) -> str:
+  """A PNG of a small image, a JPEG of a large one, both inside the page."""
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(f'a sample image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}.')
+  picture = PIL.Image.fromarray(image)
+  large = max(picture.size) > side
+  if large:
+    picture.thumbnail((side, side))
+  buffer = io.BytesIO()
+  kind = 'jpeg' if large else 'png'
+  picture.save(buffer, kind, **({'quality': 88} if large else {}))
+  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+def _samples(samples: Sequence[Sample], class_names: Sequence[str] | None) -> str:
+  figures = []
+  for sample in [Sample(*sample) for sample in samples][:MAX_SAMPLES]:
+    label, said = (_name(x, class_names) for x in (sample.label, sample.prediction))
+    right = label == said
+    sure = '' if sample.probability is None else f' {100 * sample.probability:.0f}&nbsp;%'
+    if right:
+      caption = f'<b><span aria-hidden="true">✓</span> right</b><br>{html.escape(said)}{sure}'
+    else:
+      caption = (
+        f'<b><span aria-hidden="true">✗</span> wrong</b><br>{html.escape(said)}{sure}<br>'
+        f'<span class="was">was {html.escape(label)}</span>'
+      )
+    figures.append(
+      f'<figure class="{"right" if right else "wrong"}">'
+      f'<img src="{_data_url(sample.image)}" alt="Photograph of class {html.escape(label)}" '
+      f'width="{sample.image.shape[1]}" height="{sample.image.shape[0]}">'
+      f'<figcaption>{caption}</figcaption></figure>'
+    )
+  return f'<div class="samples">{"".join(figures)}</div>' if figures else ''
+
+
+# -------------------------------------------------------------------- repeating it
+
+
+def _config_text(config: Any) -> str:
+  if isinstance(config, str):
+    return config
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    config = dataclasses.asdict(config)
+  if hasattr(config, 'to_dict'):  # ConfigDict
+    config = config.to_dict()
+  return json.dumps(config, indent=2, default=str, ensure_ascii=False)
+
+
+def _versions() -> list[tuple[str, str]]:
+  rows = [('Python', platform.python_version())]
+  for name in ('fqjax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy'):
+    try:
+      rows.append((name, importlib.metadata.version(name)))
+    except importlib.metadata.PackageNotFoundError:
+      rows.append((name, 'not installed as a package'))
+  return rows
+
+
+def _hardware() -> str:
+  device = jax.devices()[0]
+  text = f'{platform.machine()}, {os.cpu_count()} cores'
+  # On a CPU the number of JAX devices is a setting, not hardware.
+  return (
+    text if device.platform == 'cpu' else f'{text}; {jax.device_count()} x {device.device_kind}'
+  )
+
+
+def _repeat(command: str, config: Any, hardware: str | None) -> str:
+  where = [*_versions(), ('hardware', hardware or _hardware())]
+  items = ''.join(f'<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>' for k, v in where)
+  return (
+    f'<pre class="command"><code>{html.escape(command)}</code></pre>'
+    f'<dl class="versions">{items}</dl>'
+    '<details><summary>Configuration</summary>'
+    '<div class="scroll" tabindex="0" role="region" aria-label="Configuration">'
+    f'<pre>{html.escape(_config_text(config))}</pre></div></details>'
+  )
+
+
+# -------------------------------------------------------------------- page
+
+_CSS = """
+:root {
+  --page: #ffffff; --card: #f6f8fa; --line: #d8dee6; --text: #1b2430; --soft: #566373;
+  --accent: #0b62b5; --heat0: #eef3f8; --heat1: #0b4f9e;
+  --ink: #000000; --strong: #ffffff;
+  --good: #0f7b5f; --bad: #b3261e;
+  --c0: #0b62b5; --c1: #c2410c; --c2: #0f7b5f; --c3: #8a3fb0; --c4: #866a00; --c5: #475569;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #10161d; --card: #19212b; --line: #313c4a; --text: #e8edf3; --soft: #a3b0bf;
+    --accent: #6db3ff; --heat0: #1f2935; --heat1: #86c8ff;
+    --ink: #ffffff; --strong: #000000;
+    --good: #4fd1a5; --bad: #ff9a92;
+    --c0: #6db3ff; --c1: #ff9d66; --c2: #4fd1a5; --c3: #d3a1f0; --c4: #e6c34d; --c5: #b4c0cd;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
+body {
+  margin: 0; background: var(--page); color: var(--text);
+  font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif;
+}
+main, header { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
+header { padding-top: 40px; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; text-wrap: balance;
+  overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 0 0 14px; }
+h3 { font-size: 1rem; margin: 22px 0 8px; }
+p { margin: 0 0 12px; max-width: 75ch; }
+a { color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.note, .date { color: var(--soft); font-size: .875rem; }
+.note { margin-top: 10px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 0; padding: 0;
+  list-style: none; }
+nav a { display: inline-block; padding: 4px 0; }
+section { margin: 34px 0 0; padding-top: 26px; border-top: 1px solid var(--line); }
+section > :last-child { margin-bottom: 0; }
+footer { max-width: 1180px; margin: 40px auto 0; padding: 0 24px 40px; color: var(--soft);
+  font-size: .875rem; }
+figure { margin: 0; min-width: 0; }
+figcaption { font-weight: 600; font-size: .9375rem; margin-bottom: 6px; }
+
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 0; }
+.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px 16px; }
+dt { color: var(--soft); font-size: .875rem; }
+.facts dd { margin: 2px 0 0; font-size: 1.35rem; font-weight: 650;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; line-height: 1.3; }
+
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: .9375rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 8px 14px; text-align: left; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+tbody tr:last-child > * { border-bottom: 0; }
+thead th { background: var(--card); font-weight: 600; color: var(--soft); font-size: .875rem; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--page); }
+.number { text-align: right; }
+
+.charts, .maps { display: grid; gap: 26px 28px;
+  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
+.chart, .map { display: block; width: 100%; height: auto; overflow: visible; }
+.chart { max-width: 480px; }
+.map { max-width: 420px; }
+.grid { stroke: var(--line); } .axis { stroke: var(--soft); }
+.tick { fill: var(--soft); font-size: 12px; } .mid { text-anchor: middle; }
+.end { text-anchor: end; }
+.line path { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
+.line circle { fill: var(--c); }
+.line.train path { stroke-width: 1.2; opacity: .75; }
+.s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
+.s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
+.s1 path { stroke-dasharray: 7 3; } .s2 path { stroke-dasharray: 2 3; }
+.s3 path { stroke-dasharray: 9 3 2 3; } .s4 path { stroke-dasharray: 12 4; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; margin: 6px 0 12px;
+  padding: 0; font-size: .875rem; color: var(--soft); }
+.legend li { display: flex; align-items: center; gap: 7px; }
+.legend svg { flex: none; }
+
+.heat { fill: color-mix(in srgb, var(--heat1) var(--v), var(--heat0)); stroke: var(--page); }
+.none { fill: none; stroke: var(--line); }
+text.number { fill: var(--ink); font-size: 11px; }
+.scale { display: flex; align-items: center; gap: 10px; font-size: .875rem; color: var(--soft);
+  margin: 14px 0 0; }
+.ramp { width: 140px; height: 12px; border-radius: 3px;
+  background: linear-gradient(to right, var(--heat0), var(--heat1)); }
+
+.confusion { width: auto; font-size: .875rem; border-collapse: separate; border-spacing: 2px; }
+.confusion th, .confusion td { border: 0; padding: 5px 8px; background: none; }
+.confusion thead th { vertical-align: bottom; padding: 8px 4px; }
+.confusion thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
+.confusion tbody th { background: var(--page); text-align: right; }
+.scroll:has(.confusion) { width: fit-content; max-width: 100%; }
+.confusion tbody td { text-align: center; min-width: 38px; border-radius: 4px;
+  background: color-mix(in srgb, var(--heat1) var(--v, 0%), var(--heat0)); color: var(--ink); }
+.confusion td.right { outline: 2px solid var(--text); outline-offset: -2px; }
+.confusion td.total { background: none; color: inherit; font-weight: 600; text-align: right; }
+
+.samples { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); }
+.samples img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain;
+  border-radius: 6px; background: var(--card); }
+.samples figure { border: 2px solid var(--line); border-radius: 10px; padding: 8px; }
+.samples .wrong { border: 2px dashed var(--bad); }
+.samples figcaption { font-weight: 400; font-size: .875rem; line-height: 1.4; margin: 8px 0 0;
+  overflow-wrap: anywhere; hyphens: auto; }
+.right b { color: var(--good); } .wrong b { color: var(--bad); }
+.was { color: var(--soft); }
+
+pre { margin: 0; padding: 14px 16px; font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo,
+  Consolas, 'DejaVu Sans Mono', monospace; }
+.command { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+.versions { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 16px 0; }
+.versions dd { margin: 0; }
+details { margin-top: 18px; }
+summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
+details[open] summary { margin-bottom: 8px; }
+
+@media (prefers-color-scheme: light) {
+  .confusion td.on-light, text.number.on-light { color: var(--strong); fill: var(--strong); }
+}
+@media (prefers-color-scheme: dark) {
+  .confusion td.on-dark, text.number.on-dark { color: var(--strong); fill: var(--strong); }
+}
+@media (max-width: 600px) {
+  main, header, footer { padding-left: 16px; padding-right: 16px; }
+  header { padding-top: 24px; }
+  h1 { font-size: 1.5rem; }
+  section { margin-top: 26px; padding-top: 22px; }
+  .facts { grid-template-columns: repeat(2, 1fr); gap: 8px; }
+  .facts div { padding: 10px 12px; }
+  .facts dd { font-size: 1.125rem; }
+  .samples { grid-template-columns: repeat(2, 1fr); gap: 10px; }
+  .maps { justify-items: center; }
+  .map { max-width: 330px; }
+}
+@media print {
+  section { break-inside: avoid-page; }
+  nav { display: none; }
+}
+"""
+
+
+def _page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
+  now = datetime.datetime.now(datetime.UTC)
+  links = ''.join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in sections)
+  body = ''.join(
+    f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>{text}'
+    '</section>\n'
+    for key, name, text in sections
+  )
+  return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{html.escape(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<header>
+<h1>{html.escape(title)}</h1>
+<p class="date">Written <time datetime="{now.isoformat(timespec='seconds')}">{now:%d %B %Y, %H:%M}
+UTC</time> by fqjax</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{body}</main>
+<footer>One file, no external parts: it can be kept, mailed and opened anywhere.</footer>
+</body>
+</html>
+"""
