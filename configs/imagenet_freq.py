@@ -64,6 +64,8 @@ def base() -> ml_collections.ConfigDict:
   data.augment = 'random_resized_crop'  # or 'pad_crop', 'flip', 'none'
   data.crop_rule = 'log_uniform'  # 'old': the published runs' aspect ratios
   data.min_area = 0.08
+  data.rgb_mean = (0.485, 0.456, 0.406)  # of pixels in 0..1; what published RGB weights expect
+  data.rgb_std = (0.229, 0.224, 0.225)
   data.strict = False  # True stops at the first image that cannot be decoded
 
   config.size = 448  # side of the image whose DCT is taken
@@ -91,7 +93,8 @@ def base() -> ml_collections.ConfigDict:
   model.norm_groups = 1  # groups of the batch with batch-norm statistics of their own
 
   config.init = init = ml_collections.ConfigDict()
-  init.rgb = ''  # an RGB checkpoint: torchvision-named .safetensors, or the workdir of an 'rgb' run
+  # An RGB checkpoint to start from: torchvision-named .safetensors, or `variables.npz` of an 'rgb' run.
+  init.rgb = ''
   init.method = 'cut'  # or 'reinit', 'least_squares'
   init.images = 2048  # training images the least-squares fit sees
 

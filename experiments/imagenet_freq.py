@@ -16,15 +16,17 @@ larger image. Run again with the same `--workdir`, it goes on where it stopped. 
 `report.html` and `results.json` stand in the workdir.
 """
 
+import itertools
 import json
 import os
 import pathlib
-import sys
+import re
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 import flax.linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
@@ -35,9 +37,6 @@ from experiments import ledger
 from fqjax import data as fd
 from fqjax import models, ops, tracing, train
 from fqjax import nn as fnn
-
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of checkpoints, metrics and the report.')
 
 
 class Setting(NamedTuple):
@@ -74,22 +73,21 @@ class Program(NamedTuple):
   costs: dict[str, float]
 
 
-def main(argv):
-  """Trains every setting with every seed, then compares and reports."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+def experiment(config, workdir: pathlib.Path) -> list[dict]:
+  """Trains every setting with every seed, then compares and reports; returns a row per setting."""
   check(config)
 
   # ---------------------------------------------------------------- machines
   train.initialize_distributed()
   mesh = train.make_mesh()
-  first = jax.process_index() == 0
+  first = train.is_main()
   workdir.mkdir(parents=True, exist_ok=True)
+  check_same_experiment(workdir, config)
+  train.synchronize('configuration read')
   if first:
     write_atomically(workdir / 'config.json', config.to_json_best_effort(indent=2))
   # The seeds of a setting, and a restarted run, find their programs compiled.
-  jax.config.update('jax_compilation_cache_dir', os.fspath((workdir / 'jax_cache').absolute()))
+  train.enable_compile_cache((workdir / 'jax_cache').absolute())
 
   # ---------------------------------------------------------------- data
   sources = [
@@ -116,7 +114,7 @@ def main(argv):
       runs.setdefault(name, []).append(result)
 
   # ---------------------------------------------------------------- outcome
-  rows = compare(config, runs)
+  rows = compare(workdir, runs)
   if first:
     write_atomically(workdir / 'results.json', json.dumps(rows, indent=2))
     write_report(config, workdir, rows, runs, sources[1])
@@ -125,7 +123,8 @@ def main(argv):
     print_table(rows)
     print(f'{time.time() - started:.0f} s. Report: {workdir / "report.html"}')
     print(f'Numbers: {workdir / "results.json"}')
-  train.finalize_distributed()
+  train.synchronize('end')
+  return rows
 
 
 # ---------------------------------------------------------------------------- one setting
@@ -144,9 +143,40 @@ def check(config) -> None:
   if 'gate_then_static' in order and (
     'dct_gate' not in order or order.index('dct_gate') > order.index('gate_then_static')
   ):
-    raise ValueError("'gate_then_static' needs 'dct_gate' before it: --config=...,settings=dct_gate+gate_then_static")
+    raise ValueError(
+      "'gate_then_static' needs 'dct_gate' before it: --config=...,settings=dct_gate+gate_then_static"
+    )
   if config.size % config.dct.block:
     raise ValueError(f'size={config.size} is not divisible by dct.block={config.dct.block}')
+
+
+# Fields that may change between a run and its continuation.
+_FREE = re.compile(
+  r'settings|seeds|record|goal|reference|profile|log_every|keep_checkpoints|data\.(workers|data_dir)'
+)
+
+
+def check_same_experiment(workdir: pathlib.Path, config) -> None:
+  """Refuses to go on in a folder that holds runs of another configuration.
+
+  Raises:
+    ValueError: naming the fields that differ.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  old = flatten_dict(json.loads(path.read_text()), sep='.')
+  new = flatten_dict(json.loads(config.to_json_best_effort()), sep='.')
+  differ = [
+    f'{k}: {old.get(k)} there, {new.get(k)} now'
+    for k in sorted(old.keys() | new.keys())
+    if old.get(k) != new.get(k) and not _FREE.fullmatch(k)
+  ]
+  if differ:
+    raise ValueError(
+      f'{workdir} holds runs of another configuration:\n  ' + '\n  '.join(differ) + '\n'
+      'Name another --workdir, or repeat the flags of the earlier run to go on with it.'
+    )
 
 
 def data_options(config) -> dict:
@@ -190,43 +220,53 @@ def sides(config, name: str) -> int:
 
 
 def make_spec(config, name: str, channels, source) -> fd.InputSpec:
-  """Input of a setting, normalised by statistics of training images alone."""
+  """Input of a setting; coefficients are normalised by statistics of training images alone."""
   setting, size = SETTINGS[name], sides(config, name)
+  if setting.kind != 'dct':
+    mean = tuple(255 * m for m in config.data.rgb_mean)
+    std = tuple(255 * s for s in config.data.rgb_std)
+    return fd.InputSpec(kind=setting.kind, size=size, block=config.dct.block, mean=mean, std=std)
   spec = fd.InputSpec(
-    kind=setting.kind, size=size, block=config.dct.block, channels=channels, chroma=config.dct.chroma
+    kind='dct', size=size, block=config.dct.block, channels=channels, chroma=config.dct.chroma
   )
-  if setting.kind == 'dct' and config.dct.statistics != 'pooled':
+  if config.dct.statistics != 'pooled':
     return fd.spec_with_statistics(spec, config.dct.statistics)
   loader = fd.Loader(
     source,
-    batch_size=min(64, len(source)),
-    seed=0,
+    batch_size=min(50, len(source)),
     transform=eval_transform(config, size),
     process_index=0,  # every process sees the same images, hence the same statistics
     process_count=1,
   )
-  batches = (batch['image'] for batch, _ in zip(loader, range(-(-config.dct.statistics_images // 64))))
-  return fd.spec_with_statistics(spec, fd.estimate_statistics(spec, batches))
+  batches = itertools.islice(loader, -(-config.dct.statistics_images // loader.batch_size))
+  statistics = fd.estimate_statistics(spec, (batch['image'] for batch in batches))
+  return fd.spec_with_statistics(spec, statistics)
+
+
+def make_network(config, name: str, spec: fd.InputSpec, num_classes: int) -> nn.Module:
+  """The network of a setting for the input that `spec` describes."""
+  m, setting = config.model, SETTINGS[name]
+  options: dict[str, Any] = {'dtype': jnp.dtype(m.dtype), 'norm_groups': m.norm_groups}
+  if setting.suffix == '_dct':
+    options.update(channels=spec.num_channels, gate=setting.gate)
+  elif setting.suffix == '_patchify':
+    options.update(channels=config.dct.channels, block=config.dct.block)
+  elif m.stem_stride:
+    options['stem_stride'] = m.stem_stride
+  if m.name.startswith('resnet') and setting.suffix:
+    options['stage2_stride'] = m.stage2_stride
+  if m.width != 1.0:
+    options['width'] = m.width
+  return models.create_model(m.name + setting.suffix, num_classes=num_classes, **options)
 
 
 def build(config, name: str, channels, source, mesh) -> Program:
   """Input, network, optimiser and compiled steps of one setting."""
   setting = SETTINGS[name]
   spec = make_spec(config, name, channels, source)
-  options: dict[str, Any] = {'dtype': jnp.dtype(config.model.dtype), 'norm_groups': config.model.norm_groups}
-  if setting.suffix == '_dct':
-    options.update(channels=spec.num_channels, gate=setting.gate)
-  elif setting.suffix == '_patchify':
-    options.update(channels=config.dct.channels, block=config.dct.block)
-  elif config.model.stem_stride:
-    options['stem_stride'] = config.model.stem_stride
-  if config.model.name.startswith('resnet') and setting.suffix:
-    options['stage2_stride'] = config.model.stage2_stride
-  if config.model.width != 1.0:
-    options['width'] = config.model.width
-  model = models.create_model(config.model.name + setting.suffix, num_classes=source.num_classes, **options)
+  model = make_network(config, name, spec, source.num_classes)
 
-  # ---- schedule and optimiser, the same for every setting
+  # Schedule and optimiser are the same for every setting.
   o = config.optim
   steps_per_epoch = max(1, len(source) // config.data.batch_size)
   total = max(1, round(o.epochs * steps_per_epoch))
@@ -237,23 +277,28 @@ def build(config, name: str, channels, source, mesh) -> Program:
     optax.sgd(lr, momentum=o.momentum, nesterov=o.nesterov),
   )
 
-  def apply(params, model_state, images, key, train):
-    x = fd.preprocess(spec, images, None if key is None else jax.random.fold_in(key, 0), train=train)
+  def apply(params, model_state, images, key=None):
+    training = key is not None
+    x = fd.preprocess(spec, images)  # augmentation has happened in pixels
     variables = {'params': params, 'batch_stats': model_state['batch_stats']}
-    rngs = {'gate': jax.random.fold_in(key, 1)} if train and setting.gate else {}
-    mutable = ['batch_stats', 'gates'] if train else ['gates']
-    logits, new = model.apply(variables, x, train=train, mutable=mutable, rngs=rngs)
-    return logits, new
+    return model.apply(
+      variables,
+      x,
+      train=training,
+      mutable=['batch_stats', 'gates'] if training else ['gates'],
+      rngs={'gate': key} if training else {},
+    )
 
   def loss_fn(params, model_state, batch, key):
-    logits, new = apply(params, model_state, batch['image'], key, True)
-    target = optax.smooth_labels(jax.nn.one_hot(batch['label'], logits.shape[-1]), o.label_smoothing)
+    logits, new = apply(params, model_state, batch['image'], key)
+    target = jax.nn.one_hot(batch['label'], logits.shape[-1])
+    target = optax.smooth_labels(target, o.label_smoothing)
     weight = batch['mask'] / jnp.maximum(batch['mask'].sum(), 1)
     loss = jnp.sum(weight * optax.softmax_cross_entropy(logits, target))
     calls = model_state['calls']
     metrics = {
       'top1': jnp.sum(weight * (logits.argmax(-1) == batch['label'])),
-      'lr': lr(calls // o.accumulate),
+      'lr': jnp.asarray(lr(calls // o.accumulate), jnp.float32),
     }
     state = {'batch_stats': new['batch_stats'], 'calls': calls + 1}
     if setting.gate:
@@ -261,19 +306,18 @@ def build(config, name: str, channels, source, mesh) -> Program:
       ramp = max(1.0, config.gate.penalty_warmup * total * o.accumulate)
       growing = jnp.minimum(1.0, calls.astype(jnp.float32) / ramp)
       loss += growing * fnn.gate_penalty(on, config.gate.penalty)
-      state['selection'] = fnn.update_selection(model_state['selection'], on)
+      state['selection'] = fnn.update_selection(model_state['selection'], on, batch['mask'])
       metrics['channels_on'] = on.sum(-1).mean()
     return loss, (state, metrics)
 
   def eval_fn(params, model_state, batch):
-    logits, new = apply(params, model_state, batch['image'], None, False)
+    logits, new = apply(params, model_state, batch['image'])
     mask, label = batch['mask'], batch['label']
-    k = min(5, logits.shape[-1])
-    hit = jax.lax.top_k(logits, k)[1] == label[:, None]
-    ce = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    hit = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == label[:, None]
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     sums = {
       'count': mask.sum(),
-      'loss': (ce * mask).sum(),
+      'loss': (entropy * mask).sum(),
       'top1': (hit[:, 0] * mask).sum(),
       'top5': (hit.any(-1) * mask).sum(),
     }
@@ -281,17 +325,12 @@ def build(config, name: str, channels, source, mesh) -> Program:
       sums['channels_on'] = (new['gates']['gate']['on'].sum(-1) * mask).sum()
     return sums
 
-  def predict_fn(params, model_state, images):
-    logits = apply(params, model_state, images, None, False)[0]
-    probability, label = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
-    return {'label': label, 'probability': probability}
+  def predict_fn(params, model_state, batch):
+    logits = apply(params, model_state, batch['image'])[0]
+    probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+    rest = {k: batch[k] for k in ('label', 'mask', 'index')}
+    return {'top': top, 'probability': probability, **rest}
 
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  costs = {
-    'input_bytes': spec.input_bytes,
-    'input_values': spec.values,
-    **network_costs(model, spec),
-  }
   return Program(
     spec=spec,
     model=model,
@@ -300,10 +339,14 @@ def build(config, name: str, channels, source, mesh) -> Program:
       loss_fn, tx, mesh=mesh, accumulate=o.accumulate, ema_decay=o.ema or None
     ),
     eval_step=train.make_eval_step(eval_fn, mesh=mesh),
-    predict=jax.jit(predict_fn, out_shardings=replicated),
+    predict=train.make_eval_step(predict_fn, mesh=mesh),
     total_steps=total,
     steps_per_epoch=steps_per_epoch,
-    costs=costs,
+    costs={
+      'input_bytes': spec.input_bytes,
+      'input_values': spec.values,
+      **network_costs(model, spec),
+    },
   )
 
 
@@ -338,36 +381,39 @@ def initial_variables(config, program: Program, name: str, key, source):
   variables = jax.jit(program.model.init)({'params': key, 'gate': key}, x)
   if not config.init.rgb:
     return variables
+  rgb_model = make_network(config, 'rgb', make_spec(config, 'rgb', None, None), source.num_classes)
   path = pathlib.Path(config.init.rgb)
-  rgb_model = models.create_model(config.model.name, num_classes=source.num_classes)
   if path.suffix == '.safetensors':
     rgb = models.import_torchvision(path, rgb_model)
   else:
-    rgb = train.load_variables(path)
+    rgb = load_variables(path)
   if not SETTINGS[name].suffix:
     return rgb
   features = {}
   if config.init.method == 'least_squares':
-    features = stem_features(config, program, rgb_model, rgb, source)
+    features = entry_features(config, program, variables, rgb_model, rgb, source)
   return models.rgb_to_dct_variables(rgb, variables, method=config.init.method, **features)
 
 
-def stem_features(config, program: Program, rgb_model, rgb, source):
+def entry_features(config, program: Program, variables, rgb_model, rgb, source):
   """What the RGB stem and the DCT make of the same training images, for the least-squares fit."""
   rgb_spec = make_spec(config, 'rgb', None, source)
   loader = fd.Loader(source, batch_size=16, seed=1, transform=eval_transform(config, config.size))
-  small = fd.resize(config.rgb_size)
+  shrink = fd.resize(config.rgb_size)
+  # A few places of each map tell as much as all of them, in a fraction of the memory.
+  rgb_features = jax.jit(lambda x: models.entry_features(rgb_model, rgb, x)[:, ::4, ::4])
+  dct_features = jax.jit(lambda x: models.entry_features(program.model, variables, x)[:, ::4, ::4])
   stems, coefficients = [], []
-  for batch, _ in zip(loader, range(-(-config.init.images // 16))):
-    half = np.stack([small({'image': image}, None)['image'] for image in batch['image']])
-    stems.append(models.stem_features(rgb_model, rgb, fd.preprocess(rgb_spec, half)))
-    coefficients.append(fd.preprocess(program.spec, batch['image']))
-  return {'stem_features': np.concatenate(stems), 'dct_features': np.concatenate(coefficients)}
+  for batch in itertools.islice(loader, -(-config.init.images // 16)):
+    small = np.stack([shrink({'image': image}, None)['image'] for image in batch['image']])
+    stems.append(np.asarray(rgb_features(fd.preprocess(rgb_spec, small))))
+    coefficients.append(np.asarray(dct_features(fd.preprocess(program.spec, batch['image']))))
+  return {'rgb_features': np.concatenate(stems), 'dct_features': np.concatenate(coefficients)}
 
 
 def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -> dict:
   """Trains and scores one seed of one setting; its outcome is also `folder/result.json`."""
-  d, size = config.data, sides(config, name)
+  d, size, use_ema = config.data, sides(config, name), bool(config.optim.ema)
   loader = fd.Loader(
     sources[0],
     batch_size=d.batch_size,
@@ -376,33 +422,26 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     transform=train_transform(config, size),
     strict=d.strict,
   )
-
-  def validation():
-    return fd.Loader(
-      sources[1],
-      batch_size=d.eval_batch_size,
-      shuffle=False,
-      repeat=False,
-      workers=d.workers,
-      transform=eval_transform(config, size),
-      strict=d.strict,
-    )
-
+  validation = fd.Loader(
+    sources[1],
+    batch_size=d.eval_batch_size,
+    shuffle=False,
+    repeat=False,
+    workers=d.workers,
+    transform=eval_transform(config, size),
+    strict=d.strict,
+  )
   key = jax.random.key(seed)
   variables = initial_variables(config, program, name, jax.random.fold_in(key, 0), sources[0])
   model_state = {'batch_stats': variables['batch_stats'], 'calls': jnp.zeros((), jnp.int32)}
   if SETTINGS[name].gate:
     model_state['selection'] = fnn.init_selection(program.spec.num_channels)
   state = train.create_state(
-    variables['params'], model_state, program.tx, key=jax.random.fold_in(key, 1),
-    ema=bool(config.optim.ema),
-  )  # fmt: skip
-  del variables  # donated with the state by the first step
+    variables['params'], model_state, program.tx, jax.random.fold_in(key, 1), ema=use_ema
+  )
 
-  def val(state):
-    means = train.evaluate(
-      program.eval_step, state, validation(), mesh=mesh, use_ema=bool(config.optim.ema)
-    )
+  def validate(state):
+    means = train.evaluate(program.eval_step, state, validation, mesh=mesh, use_ema=use_ema)
     return {f'val/{k}': v for k, v in means.items()}
 
   started = time.time()
@@ -413,47 +452,47 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     workdir=folder,
     total_steps=program.total_steps,
     mesh=mesh,
-    evaluators=(val,),
+    evaluators=(validate,),
     log_every=config.log_every,
     eval_every=max(1, round(config.eval_epochs * program.steps_per_epoch)),
     checkpoint_every=max(1, round(config.checkpoint_epochs * program.steps_per_epoch)),
     keep=config.keep_checkpoints,
     profile=config.profile,
   )
-  state = fitted.state
-  scored = predictions(config, program, state, validation(), mesh)
+  final = fitted.state.ema if use_ema else fitted.state
+  scored = predictions(program, final, validation, mesh)
+  hit = scored['top'] == scored['label'][:, None]
   result = {
     'setting': name,
     'seed': seed,
-    'top1': float(100 * (scored['top'][:, 0] == scored['label']).mean()),
-    'top5': float(100 * (scored['top'] == scored['label'][:, None]).any(-1).mean()),
-    'samples': len(scored['label']),
+    'top1': float(100 * hit[:, 0].mean()),
+    'top5': float(100 * hit.any(-1).mean()),
+    'samples': len(hit),
     'seconds': time.time() - started,
     **program.costs,
   }
   if program.spec.channels is not None:
     result['channels'] = list(program.spec.channels)
   if SETTINGS[name].gate:
-    selection = fnn.selection_frequency(jax.device_get(state.model_state['selection']))
-    result['selection'] = np.asarray(selection).tolist()
-    result['channels_on'] = fitted.history[-1].get('val/channels_on')
-  if jax.process_index() == 0:
+    # Counted over the whole of training, on training images alone.
+    frequency = fnn.selection_frequency(fitted.state.model_state['selection'])
+    result['selection'] = np.asarray(frequency).tolist()
+    result['channels_on'] = validate(fitted.state)['val/channels_on']
+  if train.is_main():
     save_arrays(folder / 'predictions.npz', **scored)
+    trained = {'params': final.params, 'batch_stats': final.model_state['batch_stats']}
+    save_arrays(folder / 'variables.npz', **flatten_dict(jax.device_get(trained), sep='/'))
     write_atomically(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
   return result
 
 
-def predictions(config, program: Program, state, loader, mesh) -> dict[str, np.ndarray]:
+def predictions(program: Program, state, loader, mesh) -> dict[str, np.ndarray]:
   """Five most probable classes of every validation image, in the order of the source."""
-  use_ema = bool(config.optim.ema)
-  params = state.ema if use_ema else state.params
   parts = []
   for batch in loader:
-    batch = train.shard_batch(batch, mesh)
-    out = program.predict(params, state.model_state, batch['image'])
-    rest = {k: train.gather(batch[k], mesh) for k in ('label', 'mask', 'index')}
-    parts.append({'top': np.asarray(out['label']), 'probability': np.asarray(out['probability']), **rest})
-  merged = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    out = program.predict(state.params, state.model_state, train.shard_batch(batch, mesh))
+    parts.append(jax.device_get(out))
+  merged = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
   real = merged.pop('mask') > 0
   return {k: v[real] for k, v in merged.items()}
 
@@ -461,13 +500,12 @@ def predictions(config, program: Program, state, loader, mesh) -> dict[str, np.n
 # ---------------------------------------------------------------------------- comparison
 
 
-def compare(config, runs) -> list[dict]:
+def compare(workdir, runs) -> list[dict]:
   """One row per setting: means over the seeds, and the gain over RGB on the same images.
 
   The spread is a standard error: the seeds' and the images' (paired for the gain, where both
   networks see the same images), added in quadrature.
   """
-  workdir = pathlib.Path(_WORKDIR.value)
   right = {name: correctness(workdir, name, results) for name, results in runs.items()}
   rows = []
   for name, results in runs.items():
@@ -520,12 +558,134 @@ def print_table(rows: list[dict]) -> None:
   print('± is one standard error (seeds and images together; paired for the gain).\n')
 
 
+def write_report(config, workdir, rows, runs, source) -> None:
+  """`report.html` of the comparison; pictures are of the gated setting, else of the last one."""
+  shown = 'dct_gate' if 'dct_gate' in runs else list(runs)[-1]
+  folders = {name: workdir / name / f'seed{results[0]["seed"]}' for name, results in runs.items()}
+  with np.load(folders[shown] / 'predictions.npz') as z:
+    scored = {k: z[k] for k in z.files}
+  confusion = np.zeros((source.num_classes, source.num_classes), np.int64)
+  np.add.at(confusion, (scored['label'], scored['top'][:, 0]), 1)
+  heatmap = None
+  if 'dct_gate' in runs:
+    heatmap = np.mean([r['selection'] for r in runs['dct_gate']], axis=0)
+  head = ('setting', 'top-1 %', 'gain over RGB', 'input bytes', 'values', 'million MACs', 'seeds')
+  table = train.Table(
+    'Settings',
+    head,
+    [
+      (
+        row['title'],
+        (row['top1'], row['spread']),
+        (row['gain'], row['gain_spread']) if 'gain' in row else None,
+        row['input_bytes'],
+        row['input_values'],
+        row['macs'] / 1e6,
+        row['seeds'],
+      )
+      for row in rows
+    ],
+    '± is one standard error over seeds and images together, paired for the gain.'
+    ' Bytes: pixels as uint8, coefficients as int16.',
+  )
+  # Spread over the validation set, half of them mistakes where there are so many.
+  wrong = np.flatnonzero(scored['top'][:, 0] != scored['label'])
+  right = np.flatnonzero(scored['top'][:, 0] == scored['label'])
+  picks = np.concatenate([evenly(wrong, 12), evenly(right, 12)])
+  samples = [
+    train.Sample(
+      source[int(scored['index'][i])]['image'],
+      int(scored['label'][i]),
+      int(scored['top'][i, 0]),
+      float(scored['probability'][i, 0]),
+    )
+    for i in picks
+  ]
+  train.write_report(
+    workdir / 'report.html',
+    title=f'{config.data.name}: {config.model.name} on DCT coefficients and on pixels',
+    command=ledger.command(),
+    config=config.to_dict(),
+    history={
+      name: train.read_json_lines(folder / 'metrics.jsonl') for name, folder in folders.items()
+    },
+    heatmap=heatmap,
+    block=config.dct.block,
+    confusion=confusion,
+    class_names=source.class_names,
+    samples=samples,
+    tables=(table,),
+    hardware=ledger.hardware(),
+  )
+
+
+def evenly(indices: np.ndarray, n: int) -> np.ndarray:
+  """At most `n` of `indices`, equally far apart."""
+  return (
+    indices[np.unique(np.linspace(0, len(indices) - 1, n).astype(int))] if len(indices) else indices
+  )
+
+
+def record(config, rows) -> None:
+  """Appends the comparison to the ledger, one row per metric."""
+  out = []
+  for row in rows:
+    name, kind = row['setting'], SETTINGS[row['setting']]
+    data = config.data.name.removeprefix('tfds:')
+    setting = f'{name}{config.dct.channels}' if name in ('dct', 'gate_then_static') else name
+    common = {
+      'run': f'imagenet_freq/{data}/{config.model.name}{kind.suffix}/{setting}',
+      'data': f'{data} {config.data.val_split}',
+      'seeds': row['seeds'],
+    }
+
+    def add(metric, value, common=common, **rest):
+      out.append(ledger.Row(metric=metric, value=value, **common, **rest))
+
+    add('top1', row['top1'], spread=row['spread'], samples=row['samples'], bytes=row['input_bytes'])
+    if 'gain' in row:
+      add(
+        'gain',
+        row['gain'],
+        spread=row['gain_spread'],
+        samples=row['samples'],
+        reference='rgb of the same command',
+        goal=config.goal if kind.kind == 'dct' and config.goal else None,
+      )
+    add('input_bytes', row['input_bytes'])
+    add('input_values', row['input_values'])
+    add('macs', row['macs'])
+    add('parameters', row['params'])
+    if 'channels_on' in row:
+      add('channels_on', row['channels_on'])
+  ledger.append(out)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def define_flags(flag_values=flags.FLAGS):
+  """The command line: `--config`, overrides of its fields, `--workdir`."""
+  config = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=flag_values)
+  workdir = flags.DEFINE_string(
+    'workdir', None, 'Folder of checkpoints, metrics and the report.', flag_values=flag_values
+  )
+  return config, workdir
+
+
+def parse_command(argv):
+  """Parses what follows `python -m experiments.imagenet_freq`; raises where it would not run."""
+  values = ledger.parse_flags(argv, define_flags)
+  check(values.config)
+  return values
+
+
 # ---------------------------------------------------------------------------- small files
 
 
 def say(text: str) -> None:
   """Prints once per cluster."""
-  if jax.process_index() == 0:
+  if train.is_main():
     print(text, flush=True)
 
 
@@ -550,6 +710,21 @@ def read_result(folder: pathlib.Path) -> dict | None:
   return json.loads(path.read_text()) if path.exists() else None
 
 
+def load_variables(path: pathlib.Path) -> dict:
+  """Variables of a finished run: its `variables.npz`."""
+  with np.load(path, allow_pickle=False) as z:
+    return unflatten_dict({k: z[k] for k in z.files}, sep='/')
+
+
+def main(argv):
+  """Runs what the flags say."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(logging.WARNING)  # Orbax narrates every save
+  experiment(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+
+
 if __name__ == '__main__':
+  _CONFIG, _WORKDIR = define_flags()
   flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main)

@@ -24,3 +24,7 @@ from fqjax.data._transforms import random_flip as random_flip
 from fqjax.data._transforms import random_resized_crop as random_resized_crop
 from fqjax.data._transforms import resize as resize
 from fqjax.data._transforms import resize_crop as resize_crop
+from fqjax.data._device import InputSpec as InputSpec
+from fqjax.data._device import estimate_statistics as estimate_statistics
+from fqjax.data._device import preprocess as preprocess
+from fqjax.data._device import spec_with_statistics as spec_with_statistics

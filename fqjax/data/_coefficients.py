@@ -12,9 +12,13 @@ import numpy as np
 
 Chroma = Literal['filtered', 'full']
 
-# JFIF (ITU-T T.871): full range, chroma centred on 128.
+# JFIF (ITU-T T.871), without the 128 that the transform would take away again.
 _YCBCR = np.array(
-  [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]]
+  [
+    [0.299, 0.587, 0.114],
+    [-0.299 / 1.772, -0.587 / 1.772, 0.5],
+    [0.5, -0.587 / 1.402, -0.114 / 1.402],
+  ]
 )
 
 
@@ -87,10 +91,13 @@ def rgb_to_coefficients(
     if not len(at):
       continue
     plane = ycbcr[..., component]
-    if component == 0:
-      plane = (np.rint(plane) if rounding else plane) - 128
-    elif chroma == 'filtered':
+    if component and chroma == 'filtered':
+      # The enlarging codec sees chroma after the filter: its samples are not rounded before it.
       plane = _filter_chroma(plane)
+    elif rounding:
+      plane = np.rint(plane)
+    if component == 0:
+      plane = plane - 128
     blocks = plane.reshape(height // size, size, width // size, size).swapaxes(1, 2)
     frequencies = tuple((chosen[at] % area).tolist())
     out[..., at] = blocks.reshape(*out.shape[:2], area) @ _transform(size, frequencies)

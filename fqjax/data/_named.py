@@ -19,7 +19,7 @@ ENVIRONMENT = 'FQJAX_DATA_DIR'
 _CIFAR10 = (
   'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
 )  # fmt: skip
-_CIFAR100 = tuple(  # noqa: SIM905
+_CIFAR100 = (
   """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
   butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
   crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
@@ -27,7 +27,7 @@ _CIFAR100 = tuple(  # noqa: SIM905
   oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
   possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
   spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-  train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+  train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 )
 
 
@@ -96,8 +96,8 @@ def _data_file(name: str, file: str, instead: str) -> pathlib.Path:
 
 def _tfds_instead(name: str) -> str:
   return (
-    f'Or let TFDS download it: `tfds build {name} --file_format=array_record`, then use the '
-    f"source 'tfds:{name}'. The sources 'photo_patches' and 'synthetic' need no files."
+    f'Or let TFDS download it: `python -m fqjax.data.prepare --from tfds:{name} --download`, then '
+    f"use the source 'tfds:{name}'. The sources 'photo_patches' and 'synthetic' need no files."
   )
 
 
@@ -223,7 +223,7 @@ class _ImagenetSamples(Source):
 
 
 def _imagenet_samples(split: str = 'test') -> Source:
-  only = dict.fromkeys(('test', 'val', 'validation', 'all'), 'test')
+  only = {'test': '', 'val': '', 'validation': '', 'all': ''}
   choose_split('imagenet_samples', split, only)
   path = _data_file('imagenet_samples', 'imagenet_samples.zip', _NEED_NO_FILES)
   rows = _read_json(_data_file('imagenet_samples', 'classes.json', _NEED_NO_FILES), 1000)
@@ -261,7 +261,7 @@ def _records(path: str, split: str, **options: Any) -> Source:
 
 _NAMES: dict[str, Callable[..., Source]] = {
   'cifar10': _cifar('cifar10', _CIFAR10),
-  'cifar100': _cifar('cifar100', _CIFAR100),
+  'cifar100': _cifar('cifar100', tuple(_CIFAR100.split())),
   'imagenet_samples': _imagenet_samples,
   'mnist': _mnist,
   'photo_patches': _photo_patches,

@@ -1,7 +1,9 @@
 """Where examples come from: anything with a length and `source[i] -> {'image', 'label', ...}`."""
 
 from collections.abc import Sequence
+import os
 import pathlib
+import shlex
 import stat
 from typing import Any
 import zipfile
@@ -94,10 +96,7 @@ class ArraySource(Source):
       raise ValueError(
         f'{name}: label {labels.max()} has no name, there are {len(class_names)} class names.'
       )
-    if rgb and images.shape[-1] == 1:
-      # A view: three equal channels cost no memory.
-      images = np.broadcast_to(images, (*images.shape[:-1], 3))
-    self.images, self.labels = images, labels.astype(np.int32)
+    self.images, self.labels = _grey_to_rgb(images) if rgb else images, labels.astype(np.int32)
     self.name, self.class_names = name, tuple(class_names)
     self.num_classes = len(self.class_names)
 
@@ -110,6 +109,17 @@ class ArraySource(Source):
   def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Many examples at once, as arrays."""
     return {'image': self.images[indices], 'label': self.labels[indices]}
+
+  def __getstate__(self):
+    # Pickled, a broadcast view would become three times what it shows.
+    repeated = self.images.strides[-1] == 0
+    return {**self.__dict__, 'images': self.images[..., :1] if repeated else self.images}, repeated
+
+  def __setstate__(self, state):
+    attributes, repeated = state
+    self.__dict__.update(attributes)
+    if repeated:
+      self.images = _grey_to_rgb(self.images)
 
 
 class FolderSource(Source):
@@ -260,8 +270,9 @@ class TfdsSource(Source):
     self._arguments = (name, split, data_dir)
     import tensorflow_datasets as tfds  # heavy, and only this source needs it
 
-    option = '' if data_dir is None else f' --data_dir {data_dir}'
-    where = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    option = '' if data_dir is None else f' --data_dir {shlex.quote(str(data_dir))}'
+    where = pathlib.Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
+    copy = shlex.quote(f'{where}_array_record')
     try:
       builder = tfds.builder(name, data_dir=None if data_dir is None else str(where))
     except (tfds.core.DatasetNotFoundError, FileNotFoundError) as e:
@@ -273,15 +284,16 @@ class TfdsSource(Source):
     if not info.splits:
       raise FileNotFoundError(
         f'tfds:{name} is not prepared: looked in {builder.data_path}. Get it with\n'
-        f'  tfds build {name} --file_format=array_record{option}\n'
+        f'  python -m fqjax.data.prepare --from tfds:{name} --download{option}\n'
         'or name the folder that holds it: data_dir=... (TFDS: --data_dir or TFDS_DATA_DIR).'
       )
     formats = {f.value for f in info.available_file_formats()}
     if not formats & {'array_record', 'parquet'}:
       raise ValueError(
         f'tfds:{name} in {builder.data_path} is prepared as {"/".join(sorted(formats))}, which '
-        'has no random access. Convert it once (bytes are copied, no TensorFlow needed):\n'
-        f'  python -m fqjax.data.prepare --from tfds:{name} --convert{option}'
+        'has no random access. Copy it once to ArrayRecord (TensorFlow is not needed):\n'
+        f'  python -m fqjax.data.prepare --from tfds:{name} --convert{option} --out {copy}\n'
+        f'and read it with data_dir={copy}'
       )
     features = info.features
     keys = info.supervised_keys or ('image', 'label')
@@ -355,6 +367,13 @@ class CachedSource(Source):
 
   def __getstate__(self):
     return {**self.__dict__, '_kept': {}}
+
+
+def _grey_to_rgb(images: np.ndarray) -> np.ndarray:
+  """Three equal channels, as a view that costs no memory."""
+  if images.shape[-1] != 1:
+    return images
+  return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
 def _no_split(path: pathlib.Path, split: str, found: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """TFRecord files without TensorFlow, and their conversion to ArrayRecord inside a TFDS folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
 import os
 import pathlib
@@ -112,29 +112,36 @@ def write_tfrecord(file: BinaryIO, data: bytes) -> None:
   file.write(data + struct.pack('<I', masked_crc32c(data)))
 
 
-def convert_shard(source: pathlib.Path, target: pathlib.Path) -> int:
-  """Copies the records of a TFRecord file into an ArrayRecord file; returns how many.
+def convert_shard(
+  source: pathlib.Path, target: pathlib.Path, count: int, tick: Callable[[], None] = lambda: None
+) -> None:
+  """Copies the `count` records of a TFRecord file into an ArrayRecord file.
 
-  The target appears under its name only when it is complete.
+  The target appears under its name only when it is complete. `tick` is called per record.
+
+  Raises:
+    ValueError: a damaged file, or another number of records.
   """
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # type: ignore[attr-defined]
 
   temporary = target.with_name(f'{target.name}.{os.getpid()}.tmp')
   try:
     # What TFDS itself writes.
     writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-    count = 0
+    found = 0
     try:
       for record in read_tfrecords(source):
         writer.write(record)
-        count += 1
+        found += 1
+        tick()
     finally:
       writer.close()
+    if found != count:
+      raise ValueError(f'{source} holds {found} examples, its dataset_info.json says {count}.')
     sync(temporary)
     os.replace(temporary, target)
   finally:
     temporary.unlink(missing_ok=True)
-  return count
 
 
 def sync(path: pathlib.Path) -> None:

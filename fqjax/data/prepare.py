@@ -3,10 +3,10 @@
   python -m fqjax.data.prepare --from folder:photos --split train --out prepared
   python -m fqjax.data.prepare --from tfds:imagenet2012 --split train --out prepared \
       --format coefficients --channels square24 --resize 512 --crop 512
-  python -m fqjax.data.prepare --from tfds:imagenet2012 --convert
+  python -m fqjax.data.prepare --from tfds:imagenet2012 --convert --data_dir old --out new
 
 The first writes ArrayRecord shards of JPEG bytes (untouched where no resizing is asked for), the
-second of int16 block-DCT coefficients, the third rewrites a TFDS set that was prepared as TFRecord.
+second of int16 block-DCT coefficients, the third copies a TFDS set prepared as TFRecord to ArrayRecord.
 Read the first two back as the source 'records:prepared'. Interrupted at any moment, the same
 command continues after the last finished shard; a set is whole only when its metadata.json is
 there.
@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import shutil
 import sys
 from typing import Any
 
@@ -146,9 +147,19 @@ def _start_worker(progress: Any) -> None:
   _progress = progress
 
 
+def _tick() -> None:
+  if _progress is not None:
+    with _progress.get_lock():
+      _progress.value += 1
+
+
+def _convert_shard(source: pathlib.Path, target: pathlib.Path, count: int) -> None:
+  _tfrecord.convert_shard(source, target, count, _tick)
+
+
 def _write_shard(plan: Plan, path: pathlib.Path, start: int, stop: int) -> None:
   """Writes one shard and, before it, the file that says what is in it."""
-  from array_record.python import array_record_module
+  from array_record.python import array_record_module  # type: ignore[attr-defined]
 
   source = _open_source(plan.source, plan.split, json.dumps(plan.options, sort_keys=True))
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -167,9 +178,7 @@ def _write_shard(plan: Plan, path: pathlib.Path, start: int, stop: int) -> None:
         else:
           writer.write(record)
           count += 1
-        if _progress is not None:
-          with _progress.get_lock():
-            _progress.value += 1
+        _tick()
     finally:
       writer.close()
     _tfrecord.sync(temporary)
@@ -236,7 +245,7 @@ def prepare(
       if not (path.exists() and _description(path).exists())
     ]
     done = n - sum(stop - start for *_, start, stop in missing)
-    _run(_write_shard, missing, workers, progress and {'total': n, 'initial': done})
+    _run(_write_shard, missing, workers, progress and {'total': n, 'initial': done, 'unit': 'img'})
     described = [json.loads(_description(p).read_text(encoding='utf-8')) for p in shards]
     skipped = [s for d in described for s in d.pop('skipped')]
     metadata = {
@@ -300,7 +309,7 @@ def _run(
   function: Callable[..., Any], tasks: Sequence[tuple], workers: int, bar_options: Any
 ) -> list[Any]:
   """Runs `function(*task)` for every task, in processes, under a progress bar."""
-  bar = tqdm.tqdm(unit='img', disable=not bar_options, **(bar_options or {}))
+  bar = tqdm.tqdm(disable=not bar_options, **(bar_options or {}))
   with bar:
     if workers <= 0 or not tasks:
       counter = _LocalCounter(bar)
@@ -347,65 +356,85 @@ class _LocalCounter:
 
 def convert_tfds(
   name: str,
-  data_dir: str | pathlib.Path | None = None,
+  data_dir: str | pathlib.Path | None,
+  out: str | pathlib.Path,
   *,
   workers: int = 0,
   progress: bool = False,
 ) -> pathlib.Path:
-  """Rewrites a TFDS set prepared as TFRecord to ArrayRecord, beside the old files.
+  """Copies a TFDS set prepared as TFRecord to ArrayRecord, in TFDS's own layout.
 
   Examples are copied byte for byte, checksums verified, shard by shard; finished shards are not
-  written again. At the end `dataset_info.json` names ArrayRecord as an alternative format, which
-  TFDS understands by itself. No TensorFlow is needed.
+  written again, and `dataset_info.json`, without which TFDS sees no set, comes last. No TensorFlow
+  is needed.
 
   Args:
     name: TFDS name.
     data_dir: TFDS data folder; None is TFDS's own default.
+    out: another TFDS data folder, for the copy.
     workers: processes; 0 works in this one.
-    progress: show a progress bar over shards.
+    progress: show a progress bar.
 
   Returns:
-    The folder of the set.
+    The folder of the copy; `tfds.data_source(name, data_dir=out)` reads it.
 
   Raises:
     FileNotFoundError: the set is not prepared there.
-    ValueError: it is neither TFRecord nor ArrayRecord, or a file is damaged (named, with offset).
+    ValueError: it is not TFRecord, or a file is damaged (named, with the offset).
   """
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
   info: Any = builder.info
-  folder = pathlib.Path(builder.data_path)
+  source = pathlib.Path(builder.data_path)
   if not info.splits:
-    raise FileNotFoundError(f'tfds:{name} is not prepared: looked in {folder}.')
+    raise FileNotFoundError(f'tfds:{name} is not prepared: looked in {source}.')
   formats = {f.value for f in info.available_file_formats()}
-  if 'array_record' in formats:
-    return folder
   if 'tfrecord' not in formats:
-    raise ValueError(f'{folder} holds {"/".join(sorted(formats))}; only tfrecord can be converted.')
-  tasks, lengths = [], []
-  for split in info.splits.values():
-    template = split.filename_template
-    wanted = template.replace(filetype_suffix='array_record')
-    for i, length in enumerate(split.shard_lengths):
-      source, target = (
-        pathlib.Path(t.sharded_filepath(shard_index=i, num_shards=split.num_shards))
-        for t in (template, wanted)
-      )
-      if not target.exists():
-        tasks.append((source, target))
-        lengths.append(length)
-  options = progress and {'total': sum(lengths), 'unit': 'examples'}
-  for (source, _), count, length in zip(
-    tasks, _run(_tfrecord.convert_shard, tasks, workers, options), lengths, strict=True
-  ):
-    if count != length:
-      raise ValueError(f'{source} holds {count} examples, its dataset_info.json says {length}.')
-  path = folder / 'dataset_info.json'
-  description = json.loads(path.read_text(encoding='utf-8'))
-  known = description.get('alternativeFileFormats', [])
-  _write_json(path, {**description, 'alternativeFileFormats': [*known, 'array_record']})
-  return folder
+    raise ValueError(f'{source} holds {"/".join(sorted(formats))}; only tfrecord is converted.')
+  target = pathlib.Path(out).expanduser() / info.full_name
+  if target.resolve() == source.resolve():
+    raise ValueError(f'--out {out} is the folder of the TFRecord set itself: name another one.')
+  finished = target / 'dataset_info.json'
+  if finished.exists():
+    return target
+  target.mkdir(parents=True, exist_ok=True)
+  with _only_writer(target):
+    tasks = []
+    for split in info.splits.values():
+      old = split.filename_template
+      new = old.replace(filetype_suffix='array_record', data_dir=target)
+      for i, length in enumerate(split.shard_lengths):
+        paths = [
+          pathlib.Path(t.sharded_filepath(shard_index=i, num_shards=split.num_shards))
+          for t in (old, new)
+        ]
+        if not paths[1].exists():
+          tasks.append((*paths, length))
+    total = sum(length for *_, length in tasks)
+    _run(_convert_shard, tasks, workers, progress and {'total': total, 'unit': 'example'})
+    for path in source.iterdir():
+      if path.is_file() and '.tfrecord' not in path.name and path.name != finished.name:
+        shutil.copyfile(path, target / path.name)
+    description = json.loads((source / finished.name).read_text(encoding='utf-8'))
+    description.pop('alternativeFileFormats', None)
+    _write_json(finished, {**description, 'fileFormat': 'array_record'})
+  return target
+
+
+def download_tfds(name: str, data_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+  """Lets TFDS download and prepare a set as ArrayRecord; returns its folder.
+
+  The command line tool of TFDS wants TensorFlow; this works without, for every set whose builder
+  does.
+  """
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(
+    name, data_dir=None if data_dir is None else str(data_dir), file_format='array_record'
+  )
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_path)
 
 
 def _channels(text: str, block: int) -> tuple[int, ...] | None:
@@ -443,19 +472,23 @@ def main(argv: Sequence[str] | None = None) -> None:
   add('--shard_size', type=int, default=1024, help='images per shard')
   add('--workers', type=int, default=os.cpu_count() or 1, help='processes; 0: this one')
   add('--strict', action='store_true', help='stop at a damaged image')
-  add('--convert', action='store_true', help='rewrite a TFDS set from TFRecord to ArrayRecord')
+  add('--convert', action='store_true', help='copy a TFDS set from TFRecord to ArrayRecord')
+  add('--download', action='store_true', help='let TFDS download and prepare tfds:NAME')
   args = parser.parse_args(argv)
   try:
-    if args.convert:
-      if not args.source.startswith('tfds:'):
-        parser.error('--convert works on TFDS sets: --from tfds:NAME')
-      folder = convert_tfds(
-        args.source.removeprefix('tfds:'), args.data_dir, workers=args.workers, progress=True
-      )
-      print(f'{folder} can now be read as {args.source}')
-      return
+    if args.convert or args.download:
+      name = args.source.removeprefix('tfds:')
+      if name == args.source:
+        parser.error('--convert and --download work on TFDS sets: --from tfds:NAME')
+      if args.download:
+        print(f'{args.source} is ready in {download_tfds(name, args.data_dir)}')
+        return
     if args.out is None:
       parser.error('--out is needed')
+    if args.convert:
+      convert_tfds(name, args.data_dir, args.out, workers=args.workers, progress=True)
+      print(f'Source: {args.source} with data_dir={args.out}')
+      return
     plan = Plan(
       source=args.source,
       split=args.split,

@@ -1,6 +1,7 @@
 """Weights of other libraries as variables of ours, every name, shape and dtype checked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import os
 from typing import Any, NamedTuple
 import zipfile
@@ -143,16 +144,18 @@ def _from_safetensors(path: Path) -> _Source:
   return _from_arrays(arrays)._replace(label=os.fspath(path))
 
 
-def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
-  try:
-    file = np.load(path, allow_pickle=False)
-  except FileNotFoundError:
-    raise
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(f'{os.fspath(path)} cannot be read as an .npz file: {error}') from error
-  if not isinstance(file, np.lib.npyio.NpzFile):
-    raise ValueError(f'{os.fspath(path)} holds one array, an .npz file of named arrays is needed.')
-  return file
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+  # Opened here: NumPy leaves the file open when it is damaged.
+  with open(path, 'rb') as stream:
+    try:
+      file = np.load(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      raise ValueError(f'{os.fspath(path)} cannot be read as an .npz file: {error}') from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+      raise ValueError(f'{os.fspath(path)} holds one array, an .npz of named arrays is needed.')
+    with file:
+      yield file
 
 
 def _from_npz(file: np.lib.npyio.NpzFile, path: Path) -> _Source:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fqjax.nn import BatchNorm, ChannelGate
+from fqjax.nn._batch_norm import at_least_float32
 
 # Normal, not truncated normal, and over the outputs: as the published networks start.
 HE_NORMAL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -109,7 +110,7 @@ def enter(net: Network, x: jax.Array, train: bool, conv: Callable, norm: Callabl
 
 def leave(net: Network, x: jax.Array, name: str, kernel_init: Callable) -> jax.Array:
   """Averages over the map and classifies, in float32 at least."""
-  dtype = jnp.promote_types(net.dtype, jnp.float32)
+  dtype = at_least_float32(net.dtype)
   x = jnp.mean(x.astype(dtype), axis=(1, 2))
   return nn.Dense(net.num_classes, dtype=dtype, kernel_init=kernel_init, name=name)(x)
 

@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
     running_var = self.variable('batch_stats', 'var', jnp.ones, (features,), jnp.float32)
 
     out_dtype = self.dtype or x.dtype
-    work_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    work_dtype = at_least_float32(x.dtype)
     x, shape = x.astype(work_dtype), x.shape
     mean, var = running_mean.value, running_var.value
     scale, bias, mean, var = (v.astype(work_dtype) for v in (scale, bias, mean, var))
@@ -74,6 +74,11 @@ class BatchNorm(nn.Module):
     factor = jax.lax.rsqrt(var + self.epsilon) * _channels_last(scale, x.ndim)
     y = (x - mean) * factor + _channels_last(bias, x.ndim)
     return y.reshape(shape).astype(out_dtype)
+
+
+def at_least_float32(dtype: Any) -> Any:
+  """Returns float64 for float64, else float32 (`promote_types` refuses under strict promotion)."""
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _channels_last(v: jax.Array, ndim: int) -> jax.Array:

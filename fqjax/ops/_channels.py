@@ -86,7 +86,8 @@ def channel_subset(name: str | int, size: int = 8) -> tuple[int, ...]:
     >>> len(channel_subset(24)), len(channel_subset('all'))
     (24, 192)
 
-  Source: Xu et al. (CVPR 2020), arXiv 2002.12416.
+  References:
+    Xu et al., "Learning in the Frequency Domain", CVPR 2020.
   """
   known = list_channel_subsets(size)
   if name in ('all', 3 * size * size):
@@ -212,7 +213,8 @@ def released_statistics() -> tuple[np.ndarray, np.ndarray]:
     >>> print(mean[0], std[0])
     -88.397 260.0
 
-  Source: Xu et al. (CVPR 2020), code of the authors.
+  References:
+    Xu et al., "Learning in the Frequency Domain", CVPR 2020; code of the authors.
   """
   mean = np.zeros(192, np.float32)
   for channel, value in _RELEASED_MEAN.items():
@@ -231,7 +233,8 @@ def within_image_std() -> np.ndarray:
     >>> print(within_image_std()[:3])
     [416.3   77.59  42.24]
 
-  Source: Xu et al. (CVPR 2020), code of the authors.
+  References:
+    Xu et al., "Learning in the Frequency Domain", CVPR 2020; code of the authors.
   """
   return np.array(_WITHIN_STD.split(), np.float32)
 

@@ -1,7 +1,8 @@
 """Discrete cosine transforms I-IV with SciPy's names, arguments and defaults.
 
-Each axis is one product with a basis computed in float64; axes longer than `_LONGEST_BASIS` go
-through one complex FFT instead. Sums are float32 (float64 for float64 input) whatever comes in.
+Each axis is one product with a basis computed in float64, which leaves a sharded batch where it
+is. Axes longer than `_LONGEST_BASIS` go through one complex FFT instead; XLA gathers its operand.
+Sums are float32 (float64 for float64 input) whatever comes in.
 """
 
 from collections.abc import Sequence

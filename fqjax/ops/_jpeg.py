@@ -220,7 +220,8 @@ def rgb_to_coefficients(
     size: side of a block in pixels.
     chroma: 'filtered' is the published pipeline: Y from the image, Cb and Cr from a 4:2:0 file of
       the twice enlarged image, which comes to `chroma_filter`. 'full' is a 4:4:4 file.
-    rounding: to integers, samples before and coefficients after the transform, as a file does.
+    rounding: to integers, samples before (within 0..255) and coefficients after the transform,
+      as a file does.
 
   Returns:
     float32 (float64 for float64 input) [..., h/size, w/size, 3*size*size]; components Y, Cb, Cr,
@@ -239,13 +240,13 @@ def rgb_to_coefficients(
   if chroma not in ('filtered', 'full'):
     raise ValueError(f"chroma={chroma!r} does not exist: use 'filtered' or 'full'.")
   x = rgb_to_ycbcr(rgb.astype(accumulator(rgb.dtype)))
-  whole = jnp.round if rounding else lambda a: a
+  # Saturated red and blue have chroma 255.5: a byte holds 255.
+  samples = jnp.clip(jnp.round(x), 0, 255) if rounding else x
   if chroma == 'filtered':
-    # The enlarging codec sees chroma after the filter: its samples are not rounded before it.
-    x = jnp.concatenate([whole(x[..., :1]), chroma_filter(x[..., 1:])], axis=-1)
-  else:
-    x = whole(x)
-  return whole(block_dct(x - 128, size))
+    # In the published pipeline chroma is rounded at twice the resolution, where it averages out.
+    samples = jnp.concatenate([samples[..., :1], chroma_filter(x[..., 1:])], axis=-1)
+  coef = block_dct(samples - 128, size)
+  return jnp.round(coef) if rounding else coef
 
 
 @functools.partial(jax.jit, static_argnames='size', inline=True)

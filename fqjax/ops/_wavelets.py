@@ -1,429 +1,44 @@
 """Discrete wavelet transforms with the names and conventions of PyWavelets.
 
-One level along one axis is a pair of banded matrices, and everything here is that pair in disguise.
-With `start` and `count` from `_rows`, and samples outside the signal taken from inside it by
-`_extension`:
-
-  approximation[k] = sum_j dec_lo[F - 1 - j] * x[start + 2k + j],  0 <= j < F,  0 <= k < count
-
-and the detail likewise with `dec_hi`. `analysis_matrix` and `synthesis_matrix` write it down; the
-functions on arrays compute the same without building them. Two things make that fast on a CPU. Rows
-that do not touch the boundary are sums of strided slices of the data, so nothing is padded or
-copied. And where few elements follow the axis (the last axis of images stored `[n, c, h, w]`), its
-even and odd samples are separated first, so that every later read is contiguous.
-
-Source: S. Mallat, *A Theory for Multiresolution Signal Decomposition*, IEEE PAMI 11(7), 1989,
-section III; boundary rules: G. Strang, T. Nguyen, *Wavelets and Filter Banks*, 1996, chapter 8.
+Each level along each axis is the banded matrix of `_wavelet_banks.py`, applied without building it.
+Rows that do not touch the boundary are sums of strided slices of the data, so nothing is padded or
+copied for them. Where few elements follow the axis (the last axis of images stored as
+`[n, c, h, w]`), its even and odd samples are separated first, so that every later read is contiguous.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
-import difflib
 import functools
 import itertools
 import math
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.ops import _wavelet_filters
+from fqjax.ops import _wavelet_banks as banks
 
-_MODES = {
-  'symmetric': 'symmetric',
-  'sym': 'symmetric',
-  'periodization': 'periodization',
-  'per': 'periodization',
-  'zero': 'zero',
-  'zpd': 'zero',
-  'reflect': 'reflect',
-}
 # With fewer elements than this after an axis, loops along the axis itself are the longer ones.
 _SHORT = 16
 
-Details = dict[str, jax.Array]
-
-
-# Wavelets
-
-
-@dataclasses.dataclass(frozen=True)
-class Wavelet:
-  """A filter bank, by name or by its four filters.
-
-  Attributes:
-    name: 'haar', 'db1'..'db38', 'sym2'..'sym20', 'coif1'..'coif17', 'bior1.1'..'bior6.8',
-      'rbio1.1'..'rbio6.8' (`wavelist()` has them all), or any name next to `filter_bank`.
-    filter_bank: (dec_lo, dec_hi, rec_lo, rec_hi), four filters of one even length.
-
-  Raises:
-    ValueError: the name is unknown and no filters are given, or the filters differ in length.
-
-  Example:
-    >>> Wavelet('db2').dec_len
-    4
-  """
-
-  name: str
-  filter_bank: tuple[tuple[float, ...], ...] = ()
-
-  def __post_init__(self):
-    bank = tuple(tuple(float(v) for v in f) for f in self.filter_bank) or _named_bank(self.name)
-    lengths = [len(f) for f in bank]
-    if len(bank) != 4 or len(set(lengths)) != 1 or lengths[0] % 2 or lengths[0] < 2:
-      raise ValueError(
-        f'wavelet {self.name!r} needs four filters (dec_lo, dec_hi, rec_lo, rec_hi) of one even'
-        f' length, got lengths {lengths}. Pad the shorter ones with zeros.'
-      )
-    object.__setattr__(self, 'filter_bank', bank)
-
-  @property
-  def dec_lo(self) -> tuple[float, ...]:
-    """Low-pass analysis filter."""
-    return self.filter_bank[0]
-
-  @property
-  def dec_hi(self) -> tuple[float, ...]:
-    """High-pass analysis filter."""
-    return self.filter_bank[1]
-
-  @property
-  def rec_lo(self) -> tuple[float, ...]:
-    """Low-pass synthesis filter; the scaling filter of an orthogonal wavelet."""
-    return self.filter_bank[2]
-
-  @property
-  def rec_hi(self) -> tuple[float, ...]:
-    """High-pass synthesis filter."""
-    return self.filter_bank[3]
-
-  @property
-  def dec_len(self) -> int:
-    """Length of the analysis filters."""
-    return len(self.dec_lo)
-
-  @property
-  def rec_len(self) -> int:
-    """Length of the synthesis filters."""
-    return len(self.rec_lo)
-
-
-WaveletLike = str | Wavelet
-Wavelets = WaveletLike | Sequence[WaveletLike]
-Modes = str | Sequence[str]
-
-
-def wavelist(family: str | None = None) -> list[str]:
-  """Names of the wavelets, all of them or those of one family.
-
-  Args:
-    family: 'haar', 'db', 'sym', 'coif', 'bior' or 'rbio'.
-
-  Returns:
-    Names in the order of their filters' length within each family.
-
-  Raises:
-    ValueError: no such family.
-
-  Example:
-    >>> wavelist('sym')[:2]
-    ['sym2', 'sym3']
-  """
-  biorthogonal = list(_wavelet_filters.BIORTHOGONAL)
-  reverse = [name.replace('bior', 'rbio') for name in biorthogonal]
-  names = ['haar', *_wavelet_filters.ORTHOGONAL, *biorthogonal, *reverse]
-  if family is None:
-    return names
-  found = [name for name in names if name.rstrip('0123456789.') == family]
-  if not found:
-    raise ValueError(f'no wavelet family {family!r}: haar, db, sym, coif, bior or rbio.')
-  return found
-
-
-def _named_bank(name: str) -> tuple[tuple[float, ...], ...]:
-  """Looks the low-pass filters up; the high-pass ones are the others with alternating signs."""
-  key = 'db1' if name == 'haar' else name.replace('rbio', 'bior')
-  if key in _wavelet_filters.ORTHOGONAL:
-    rec_lo = _wavelet_filters.ORTHOGONAL[key]
-    dec_lo = rec_lo[::-1]
-  elif key in _wavelet_filters.BIORTHOGONAL:
-    dec_lo, rec_lo = _wavelet_filters.BIORTHOGONAL[key]
-    if key != name:
-      dec_lo, rec_lo = rec_lo[::-1], dec_lo[::-1]
-  else:
-    close = ', '.join(map(repr, difflib.get_close_matches(name, wavelist(), 3, 0.5)))
-    raise ValueError(
-      f'unknown wavelet {name!r}. '
-      + (f'Closest: {close}. ' if close else '')
-      + "Families: haar, db1..db38, sym2..sym20, coif1..coif17, bior and rbio ('bior2.2');"
-      ' fqjax.ops.wavelist() lists them all.'
-    )
-  signs = [1.0 - 2.0 * (j % 2) for j in range(len(rec_lo))]
-  dec_hi = tuple(-s * v for s, v in zip(signs, rec_lo, strict=True))
-  rec_hi = tuple(s * v for s, v in zip(signs, dec_lo, strict=True))
-  return dec_lo, dec_hi, rec_lo, rec_hi
-
-
-@functools.lru_cache(maxsize=None)
-def _wavelet(wavelet: WaveletLike) -> Wavelet:
-  if isinstance(wavelet, str):
-    return Wavelet(wavelet.lower())
-  # Anything that carries its filters, a pywt.Wavelet for one.
-  return Wavelet(wavelet.name, tuple(map(tuple, wavelet.filter_bank)))
-
-
-def _mode(mode: str) -> str:
-  if mode not in _MODES:
-    raise ValueError(
-      f"unknown boundary mode {mode!r}: 'symmetric' ('sym'), 'periodization' ('per'),"
-      " 'zero' ('zpd') or 'reflect'."
-    )
-  return _MODES[mode]
-
-
-def _per_axis(setting, axes: Sequence[int], one, what: str) -> tuple:
-  """One wavelet or mode per axis, from one for all or a sequence of them."""
-  if isinstance(setting, str) or not isinstance(setting, Sequence):
-    return (one(setting),) * len(axes)
-  if len(setting) == 1:
-    return (one(setting[0]),) * len(axes)
-  if len(setting) != len(axes):
-    raise ValueError(
-      f'got {len(setting)} {what} for {len(axes)} axes {tuple(axes)}: give one for all axes, or'
-      ' one for each.'
-    )
-  return tuple(one(s) for s in setting)
-
-
-# Geometry: lengths, boundaries, and the two matrices
-
-
-def dwt_max_level(data_len: int, filter_len: int | WaveletLike) -> int:
-  """Number of levels after which no coefficient is free of the boundary.
-
-  Args:
-    data_len: length of the signal.
-    filter_len: length of the filters, or a wavelet.
-
-  Returns:
-    floor(log2(data_len / (filter_len - 1))), at least 0.
-
-  Raises:
-    ValueError: the filter is shorter than 2.
-
-  Example:
-    >>> dwt_max_level(224, 'db4')
-    5
-  """
-  size = filter_len if isinstance(filter_len, int) else _wavelet(filter_len).dec_len
-  if size < 2:
-    raise ValueError(f'a wavelet filter has at least 2 taps, got filter_len={size}.')
-  return max(0, (max(0, data_len) // (size - 1)).bit_length() - 1)
-
-
-def dwtn_max_level(
-  shape: Sequence[int], wavelet: Wavelets, axes: int | Sequence[int] | None = None
-) -> int:
-  """The smallest `dwt_max_level` over the axes.
-
-  Args:
-    shape: shape of the data.
-    wavelet: one wavelet, or one per axis.
-    axes: axes to transform; all by default.
-
-  Returns:
-    The highest useful level of `wavedec2` and `wavedecn`.
-
-  Example:
-    >>> dwtn_max_level((64, 224, 224, 3), 'db4', axes=(1, 2))
-    5
-  """
-  axes = _axes(axes, len(shape), unique=True)
-  wavelets = _per_axis(wavelet, axes, _wavelet, 'wavelets')
-  return min(dwt_max_level(shape[a], w) for a, w in zip(axes, wavelets, strict=True))
-
-
-def dwt_coeff_len(data_len: int, filter_len: int | WaveletLike, mode: str = 'symmetric') -> int:
-  """Length of `dwt`'s outputs.
-
-  Args:
-    data_len: length of the signal.
-    filter_len: length of the filters, or a wavelet.
-    mode: boundary mode.
-
-  Returns:
-    ceil(data_len / 2) for periodization, floor((data_len + filter_len - 1) / 2) otherwise.
-
-  Example:
-    >>> dwt_coeff_len(224, 'db4'), dwt_coeff_len(224, 'db4', 'periodization')
-    (115, 112)
-  """
-  size = filter_len if isinstance(filter_len, int) else _wavelet(filter_len).dec_len
-  return _rows(data_len, size, _mode(mode))[1]
-
-
-def _rows(n: int, size: int, mode: str) -> tuple[int, int]:
-  """First sample that row 0 of the analysis reads, and the number of rows."""
-  if mode == 'periodization':
-    return 1 - size // 2, (n + 1) // 2
-  return 2 - size, (n + size - 1) // 2
-
-
-def _extension(n: int, start: int, count: int, mode: str) -> np.ndarray:
-  """Which sample of a signal of length n stands at start, start + 1, ...; n stands for a zero."""
-  i = np.arange(start, start + count)
-  if mode == 'zero':
-    return np.where((i < 0) | (i >= n), n, i)
-  if mode == 'symmetric':
-    i = i % (2 * n)
-    return np.minimum(i, 2 * n - 1 - i)
-  if mode == 'reflect':
-    if n < 2:
-      raise ValueError(
-        "mode 'reflect' needs at least 2 samples along the axis, got 1. Use 'symmetric', or fewer"
-        ' levels if this happened at a deeper one.'
-      )
-    i = i % (2 * n - 2)
-    return np.minimum(i, 2 * n - 2 - i)
-  # An odd signal is made even by repeating its last sample.
-  return np.minimum(i % (n + n % 2), n - 1)
-
-
-def analysis_matrix(n: int, wavelet: WaveletLike, mode: str = 'symmetric') -> np.ndarray:
-  """The matrix of `dwt` on a signal of length n: definition, test oracle, and small layers.
-
-  Args:
-    n: length of the signal.
-    wavelet: name or `Wavelet`.
-    mode: boundary mode.
-
-  Returns:
-    float64 [2 * count, n]: rows of the approximation, then rows of the detail.
-
-  Raises:
-    ValueError: an unknown name, an empty signal, or one sample with mode 'reflect'.
-
-  Example:
-    >>> analysis_matrix(4, 'haar').round(3)
-    array([[ 0.707,  0.707,  0.   ,  0.   ],
-           [ 0.   ,  0.   ,  0.707,  0.707],
-           [ 0.707, -0.707,  0.   ,  0.   ],
-           [ 0.   ,  0.   ,  0.707, -0.707]])
-  """
-  w, mode = _wavelet(wavelet), _mode(mode)
-  _check_length(n)
-  start, count = _rows(n, w.dec_len, mode)
-  index = _extension(n, start, 2 * count - 2 + w.dec_len, mode)
-  matrix = np.zeros((2, count, n + 1))  # the last column takes what falls on a zero
-  k = np.arange(count)
-  for j in range(w.dec_len):
-    for part, taps in enumerate((w.dec_lo, w.dec_hi)):
-      np.add.at(matrix[part], (k, index[2 * k + j]), taps[-1 - j])
-  return matrix.reshape(2 * count, n + 1)[:, :n]
-
-
-def synthesis_matrix(count: int, wavelet: WaveletLike, mode: str = 'symmetric') -> np.ndarray:
-  """The matrix of `idwt` on `count` approximation and `count` detail coefficients.
-
-  Args:
-    count: number of coefficients of each kind.
-    wavelet: name or `Wavelet`.
-    mode: boundary mode.
-
-  Returns:
-    float64 [n, 2 * count], n = 2 * count for periodization, else 2 * count - dec_len + 2.
-
-  Raises:
-    ValueError: an unknown name, or too few coefficients for the filter.
-
-  Example:
-    >>> (synthesis_matrix(5, 'db2') @ analysis_matrix(8, 'db2')).round(3).trace()
-    np.float64(8.0)
-  """
-  w, mode = _wavelet(wavelet), _mode(mode)
-  n = _synthesis_length(count, w, mode)
-  start, _ = _rows(n, w.rec_len, mode)
-  matrix = np.zeros((n, 2, count))
-  k = np.arange(count)
-  for j in range(w.rec_len):
-    m = start + 2 * k + j
-    if mode == 'periodization':
-      m = m % n
-    inside = (m >= 0) & (m < n)
-    for part, taps in enumerate((w.rec_lo, w.rec_hi)):
-      np.add.at(matrix[:, part], (m[inside], k[inside]), taps[j])
-  return matrix.reshape(n, 2 * count)
-
-
-def _synthesis_length(count: int, wavelet: Wavelet, mode: str) -> int:
-  n = 2 * count if mode == 'periodization' else 2 * count - wavelet.rec_len + 2
-  if count < 1 or n < 1:
-    raise ValueError(
-      f'{count} coefficients along an axis are too few for {wavelet.name!r} with its'
-      f' {wavelet.rec_len} taps in mode {mode!r}: dwt gives at least {wavelet.rec_len // 2}.'
-      ' Wavelet and mode must be those of the decomposition.'
-    )
-  return n
-
-
-def _check_length(n: int) -> None:
-  if n < 1:
-    raise ValueError('a wavelet transform needs at least one sample along each of its axes, got 0.')
-
-
-def _axes(axes, ndim: int, unique: bool) -> tuple[int, ...]:
-  """Non-negative axes; all of them for None."""
-  if axes is None:
-    axes = range(ndim)
-  elif not isinstance(axes, Sequence | np.ndarray | range):
-    axes = (axes,)
-  result = []
-  for axis in axes:
-    if not -ndim <= axis < ndim:
-      raise ValueError(f'axis {axis} is out of range for data with {ndim} dimensions.')
-    result.append(int(axis) % ndim)
-  if unique and len(set(result)) < len(result):
-    raise ValueError(
-      f'axes {tuple(axes)} name one axis twice; a multilevel transform takes each once.'
-    )
-  if not result:
-    raise ValueError('a wavelet transform needs at least one axis.')
-  return tuple(result)
-
-
-def _level(level: int | None, sizes: Sequence[int], wavelets: Sequence[Wavelet]) -> int:
-  for n in sizes:
-    _check_length(n)
-  highest = min(dwt_max_level(n, w) for n, w in zip(sizes, wavelets, strict=True))
-  if level is None:
-    return highest
-  if level < 0:
-    raise ValueError(f'level must be at least 0, got {level}.')
-  if level > highest:
-    warnings.warn(
-      f'level {level} is deeper than {highest}, the last one with coefficients that the boundary'
-      f' does not reach (axis lengths {tuple(sizes)}, filters of'
-      f' {max(w.dec_len for w in wavelets)} taps).',
-      stacklevel=3,
-    )
-  return level
+Details = dict[str, Any]  # arrays by key, one letter per axis
 
 
 # One level along one axis
 
 
-def _analyse(x: jax.Array, axis: int, wavelet: Wavelet, mode: str) -> tuple[jax.Array, jax.Array]:
+def _analyse(
+  x: jax.Array, axis: int, wavelet: banks.Wavelet, mode: str
+) -> tuple[jax.Array, jax.Array]:
   """Approximation and detail of x along one axis."""
   n, size = x.shape[axis], wavelet.dec_len
-  _check_length(n)
-  start, count = _rows(n, size, mode)
-  index = _extension(n, start, 2 * count - 2 + size, mode)
+  banks.check_length(n)
+  start, count = banks.rows(n, size, mode)
+  index = banks.extension(n, start, 2 * count - 2 + size, mode)
   # Row k reads x[start + 2k + j] for j < size, so a filter runs backwards over its taps.
   filters = wavelet.dec_lo[::-1], wavelet.dec_hi[::-1]
   if size > 2 and math.prod(x.shape[axis + 1 :]) < _SHORT:
-    x = _join([(x, index[:-start]), x, (x, index[n - start :])], axis)
+    x = _extend(x, index, -start, axis)
     return _analyse_phases(x, axis, count, filters)
   # Rows first .. first + inside - 1 lie wholly inside the signal: no boundary, no copy.
   first = (1 - start) // 2
@@ -440,18 +55,22 @@ def _analyse(x: jax.Array, axis: int, wavelet: Wavelet, mode: str) -> tuple[jax.
   approximation, detail = (
     jnp.concatenate([_strided_sum(piece, taps, axis) for piece in pieces], axis) for taps in filters
   )
-  return jax.lax.optimization_barrier((approximation, detail))
+  return approximation, detail
 
 
 def _take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
-  """x at the given positions of an axis; x.shape[axis] means zero."""
+  """Samples at the given positions of an axis; position x.shape[axis] means zero."""
   return jnp.take(x, index, axis, mode='fill', fill_value=0)
 
 
-def _join(pieces, axis: int) -> jax.Array:
-  """Concatenates arrays and, where a piece is a pair, the array at those positions."""
-  pieces = [p if isinstance(p, jax.Array) else _take(*p, axis) for p in pieces if len(p[-1])]
-  return jnp.concatenate(pieces, axis) if len(pieces) > 1 else pieces[0]
+def _extend(x: jax.Array, index: np.ndarray, before: int, axis: int) -> jax.Array:
+  """Take(x, index), knowing that index[before:] begins with the whole axis in order."""
+  pieces = [x]
+  if before:
+    pieces.insert(0, _take(x, index[:before], axis))
+  if len(index) > before + x.shape[axis]:
+    pieces.append(_take(x, index[before + x.shape[axis] :], axis))
+  return jnp.concatenate(pieces, axis)
 
 
 def _strided_sum(x: jax.Array, taps: Sequence[float], axis: int) -> jax.Array:
@@ -464,29 +83,28 @@ def _strided_sum(x: jax.Array, taps: Sequence[float], axis: int) -> jax.Array:
 
 def _weighted_sum(weights: Sequence[float], terms: Sequence[jax.Array]) -> jax.Array:
   # Python floats are weakly typed: the sum keeps the terms' precision, be it float32 or float64.
-  products = [w * t for w, t in zip(weights, terms, strict=True) if w]
-  return functools.reduce(jnp.add, products)
+  if len({abs(w) for w in weights}) == 1:  # Haar: one product for the whole sum
+    signed = [t if w > 0 else -t for w, t in zip(weights, terms, strict=True)]
+    return abs(weights[0]) * functools.reduce(jnp.add, signed)
+  return functools.reduce(jnp.add, [w * t for w, t in zip(weights, terms, strict=True) if w])
 
 
 def _analyse_phases(x, axis, count, filters):
   """`_strided_sum` over both filters for an axis with little after it.
 
-  The barrier makes XLA write the even and the odd samples out; otherwise it would fuse the strided
-  reads into the sum and do them once per tap.
+  Even and odd samples are separated first, which makes every read of the sums contiguous.
   """
   lead, inner = x.shape[:axis], math.prod(x.shape[axis + 1 :])
   pairs = x.reshape(*lead, x.shape[axis] // 2, 2 * inner)
-  phases = jax.lax.optimization_barrier(
-    tuple(p.reshape(*lead, -1) for p in (pairs[..., :inner], pairs[..., inner:]))
-  )
+  phases = [p.reshape(*lead, -1) for p in (pairs[..., :inner], pairs[..., inner:])]
   size = len(filters[0])
   terms = [phases[j % 2][..., (j // 2) * inner : (j // 2 + count) * inner] for j in range(size)]
-  results = jax.lax.optimization_barrier(tuple(_weighted_sum(taps, terms) for taps in filters))
+  results = [_weighted_sum(taps, terms) for taps in filters]
   shape = (*lead, count, *x.shape[axis + 1 :])
   return tuple(r.reshape(shape) for r in results)
 
 
-def _synthesise(approximation, detail, axis: int, wavelet: Wavelet, mode: str) -> jax.Array:
+def _synthesise(approximation, detail, axis: int, wavelet: banks.Wavelet, mode: str) -> jax.Array:
   """Inverse of `_analyse`; a missing part counts as zeros."""
   parts = [
     (part, taps)
@@ -500,8 +118,8 @@ def _synthesise(approximation, detail, axis: int, wavelet: Wavelet, mode: str) -
       ' from one dwt call; a longer approximation from a deeper level is cut by waverec.'
     )
   count = shape[axis]
-  n = _synthesis_length(count, wavelet, mode)
-  start, _ = _rows(n, size, mode)
+  n = banks.synthesis_length(count, wavelet, mode)
+  start, _ = banks.rows(n, size, mode)
   # Output m is sum_k rec[m - start - 2k] * part[k]. With m - start = 2u + p, phase p of the output
   # is sum_i rec[2i + p] * part[u - i]: contiguous reads, for each u from first to last.
   half = size // 2
@@ -510,16 +128,42 @@ def _synthesise(approximation, detail, axis: int, wavelet: Wavelet, mode: str) -
   index = np.arange(-before, last + 1) % count
   terms, weights = [], ([], [])
   for part, taps in parts:
-    part = _join([(part, index[:before]), part, (part, index[before + count :])], axis)
+    part = _extend(part, index, before, axis)
     for i in range(half):
       terms.append(jax.lax.slice_in_dim(part, half - 1 - i, last - first + half - i, axis=axis))
       weights[0].append(taps[2 * i])
       weights[1].append(taps[2 * i + 1])
-  phases = jax.lax.optimization_barrier(tuple(_weighted_sum(w, terms) for w in weights))
-  x = jnp.stack(phases, axis + 1)
+  x = jnp.stack([_weighted_sum(w, terms) for w in weights], axis + 1)
   x = x.reshape(*shape[:axis], 2 * (last - first + 1), *shape[axis + 1 :])
   begin = -start - 2 * first  # periodization may begin with an odd phase
   return jax.lax.slice_in_dim(x, begin, begin + n, axis=axis)
+
+
+def split(x: jax.Array, axes, wavelets, modes) -> Details:
+  """One level along several axes, bands by key."""
+  bands = {'': x}
+  for axis, wavelet, mode in zip(axes, wavelets, modes, strict=True):
+    bands = {
+      key + letter: part
+      for key, band in bands.items()
+      for letter, part in zip('ad', _analyse(band, axis, wavelet, mode), strict=True)
+    }
+  return bands
+
+
+def merge(bands: Details, axes, wavelets, modes) -> jax.Array | None:
+  """Inverse of `split`; missing bands are zeros, None if all are missing."""
+  steps = list(zip(axes, wavelets, modes, strict=True))
+  while steps:
+    axis, wavelet, mode = steps.pop()
+    merged = {}
+    for letters in itertools.product('ad', repeat=len(steps)):
+      key = ''.join(letters)
+      pair = bands.get(key + 'a'), bands.get(key + 'd')
+      if any(part is not None for part in pair):
+        merged[key] = _synthesise(*pair, axis, wavelet, mode)
+    bands = merged
+  return bands.get('')
 
 
 # Any number of levels and axes
@@ -532,19 +176,15 @@ def _synthesise(approximation, detail, axis: int, wavelet: Wavelet, mode: str) -
 def _decompose(x, axes, wavelets, modes, level) -> list:
   """[approximation, details of the deepest level, ..., details of level 1]; details by key."""
   dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
-  x = x.astype(_accumulator(dtype))
-  order = _long_rows(x.shape, axes)
+  x = x.astype(accumulator(dtype))
+  order = list(range(x.ndim))
+  if any(w.dec_len > 2 for w in wavelets):
+    order = _long_rows(x.shape, axes)
   axes = [order.index(axis) for axis in axes]
   x = x.transpose(order)
   result = []
   for _ in range(level):
-    bands = {'': x}
-    for axis, wavelet, mode in zip(axes, wavelets, modes, strict=True):
-      bands = {
-        key + letter: part
-        for key, band in bands.items()
-        for letter, part in zip('ad', _analyse(band, axis, wavelet, mode), strict=True)
-      }
+    bands = split(x, axes, wavelets, modes)
     x = bands.pop('a' * len(axes))
     result.append(bands)
   back = [int(i) for i in np.argsort(order)]
@@ -555,7 +195,7 @@ def _decompose(x, axes, wavelets, modes, level) -> list:
 def _recompose(coeffs, axes, wavelets, modes, shape=None) -> jax.Array:
   """Inverse of `_decompose`; missing or None parts are zeros."""
   dtype = jnp.result_type(*jax.tree.leaves(coeffs))
-  coeffs = jax.tree.map(lambda a: a.astype(_accumulator(dtype)), coeffs)
+  coeffs = jax.tree.map(lambda a: a.astype(accumulator(dtype)), coeffs)
   x, *levels = coeffs
   for details in levels:
     bands = {key: band for key, band in details.items() if band is not None}
@@ -563,25 +203,15 @@ def _recompose(coeffs, axes, wavelets, modes, shape=None) -> jax.Array:
       if bands:
         x = _cut_to(x, next(iter(bands.values())).shape)
       bands['a' * len(axes)] = x
-    for i, (axis, wavelet, mode) in reversed(
-      list(enumerate(zip(axes, wavelets, modes, strict=True)))
-    ):
-      merged = {}
-      for letters in itertools.product('ad', repeat=i):
-        key = ''.join(letters)
-        pair = bands.get(key + 'a'), bands.get(key + 'd')
-        if pair != (None, None):
-          merged[key] = _synthesise(*pair, axis, wavelet, mode)
-      bands = merged
-    x = bands.get('')
+    x = merge(bands, axes, wavelets, modes)
   if x is None:
     raise ValueError('all coefficients are None; at least one band must be an array.')
   if shape is not None:
-    x = _crop(x, axes, shape)
+    x = crop(x, axes, shape)
   return x.astype(dtype)
 
 
-def _accumulator(dtype) -> Any:
+def accumulator(dtype) -> Any:
   """At least float32, whatever goes in."""
   return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
@@ -608,7 +238,7 @@ def _cut_to(approximation: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return approximation[tuple(slice(n) for n in shape)]
 
 
-def _crop(x: jax.Array, axes: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+def crop(x: jax.Array, axes: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
   if len(shape) != x.ndim:
     raise ValueError(f'shape={shape} has {len(shape)} dimensions, the coefficients have {x.ndim}.')
   for axis in axes:
@@ -624,16 +254,537 @@ def _crop(x: jax.Array, axes: Sequence[int], shape: tuple[int, ...]) -> jax.Arra
 # The public transforms
 
 
-def _array(x, what: str = 'data') -> jax.Array:
-  x = jnp.asarray(x)
-  if x.ndim < 1:
-    raise ValueError(f'{what} needs at least one dimension, got a scalar.')
-  return x
+def _analysis(data, wavelet, mode, level, axes, multilevel=True) -> tuple[list, int]:
+  """Checks the arguments, then `_decompose`; also the number of axes."""
+  data = jnp.asarray(data)
+  axes = banks.as_axes(axes, data.ndim, unique=multilevel)
+  settings = banks.settings(wavelet, mode, axes)
+  sizes = [data.shape[axis] for axis in axes]
+  if multilevel:
+    level = banks.as_level(level, sizes, settings['wavelets'], stacklevel=4)
+  return _decompose(data, level=level, **settings), len(axes)
 
 
-def _settings(wavelet: Wavelets, mode: Modes, axes: Sequence[int]) -> dict[str, Any]:
-  return dict(
-    axes=tuple(axes),
-    wavelets=_per_axis(wavelet, axes, _wavelet, 'wavelets'),
-    modes=_per_axis(mode, axes, _mode, 'modes'),
+def _synthesis(coeffs: list, wavelet, mode, axes, shape, unique=True) -> jax.Array:
+  """Checks the arguments, then `_recompose`."""
+  arrays = jax.tree.leaves(coeffs)
+  if not arrays:
+    raise ValueError('all coefficients are None; at least one band must be an array.')
+  if len({a.ndim for a in arrays}) > 1:
+    shapes = sorted({a.shape for a in arrays}, key=len)
+    raise ValueError(f'all coefficients need the same number of dimensions, got shapes {shapes}.')
+  axes = banks.as_axes(axes, arrays[0].ndim, unique)
+  for details in coeffs[1:]:
+    keys = {key for key in details if len(key) != len(axes) or set(key) - set('ad')}
+    if keys:
+      raise ValueError(
+        f'keys {sorted(keys)} do not name bands of {len(axes)} transformed axes {axes}: each key has'
+        " one letter per axis, 'a' or 'd'."
+      )
+    shapes = {band.shape for band in details.values() if band is not None}
+    if len(shapes) > 1:
+      raise ValueError(f'the bands of one level differ in shape: {sorted(shapes)}.')
+  shape = None if shape is None else tuple(int(n) for n in shape)
+  return _recompose(coeffs, shape=shape, **banks.settings(wavelet, mode, axes))
+
+
+def _optional(x):
+  return None if x is None else jnp.asarray(x)
+
+
+def _from_triple(details) -> Details:
+  """{'da', 'ad', 'dd'} from PyWavelets' (horizontal, vertical, diagonal)."""
+  if not isinstance(details, Sequence) or len(details) != 3:
+    raise ValueError(
+      'each level of details is a tuple (cH, cV, cD) as dwt2 and wavedec2 return it, got'
+      f' {type(details).__name__}. For a dict use the n-D function.'
+    )
+  return dict(zip(('da', 'ad', 'dd'), map(_optional, details), strict=True))
+
+
+def _to_triple(details: Details) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return details['da'], details['ad'], details['dd']
+
+
+def dwt(
+  data, wavelet: banks.WaveletLike, mode: str = 'symmetric', axis: int = -1
+) -> tuple[jax.Array, jax.Array]:
+  """One level of the discrete wavelet transform along one axis, as `pywt.dwt`.
+
+  Args:
+    data: [..., n, ...], any floating dtype (kept; sums are float32 or wider); integers become
+      float32.
+    wavelet: name or `Wavelet`.
+    mode: 'symmetric', 'periodization', 'zero' or 'reflect'.
+    axis: the axis to transform.
+
+  Returns:
+    (cA, cD), approximation and detail, both [..., dwt_coeff_len(n, wavelet, mode), ...].
+
+  Raises:
+    ValueError: an unknown wavelet, mode or axis, an empty axis, or one sample with 'reflect'.
+
+  Example:
+    >>> cA, cD = dwt(jnp.array([1.0, 2.0, 3.0, 4.0]), 'haar')
+    >>> print(cA, cD)
+    [2.1213202 4.9497476] [-0.70710677 -0.70710677]
+  """
+  (approximation, details), _ = _analysis(data, wavelet, mode, 1, axis, multilevel=False)
+  return approximation, details['d']
+
+
+def idwt(
+  cA, cD, wavelet: banks.WaveletLike, mode: str = 'symmetric', axis: int = -1, *, shape=None
+) -> jax.Array:
+  """Inverse of `dwt`.
+
+  Args:
+    cA: approximation [..., k, ...], or None for zeros.
+    cD: detail of the same shape, or None for zeros.
+    wavelet: name or `Wavelet` of the decomposition.
+    mode: boundary mode of the decomposition.
+    axis: the transformed axis.
+    shape: shape of the original data. Without it an odd length comes back one sample longer.
+
+  Returns:
+    [..., n, ...] with n = 2k for periodization, else 2k - dec_len + 2, or as `shape` says.
+
+  Raises:
+    ValueError: shapes differ or do not belong to `shape`, or both parts are None.
+
+  Example:
+    >>> x = jnp.array([1.0, 2.0, 3.0])
+    >>> bool(jnp.allclose(idwt(*dwt(x, 'db2'), 'db2', shape=x.shape), x))
+    True
+  """
+  bands = {'a': _optional(cA), 'd': _optional(cD)}
+  return _synthesis([None, bands], wavelet, mode, axis, shape)
+
+
+def dwt2(
+  data, wavelet: banks.Wavelets, mode: banks.Modes = 'symmetric', axes: Sequence[int] = (-2, -1)
+):
+  """One level of the 2-D discrete wavelet transform, as `pywt.dwt2`.
+
+  Args:
+    data: array with at least two dimensions; dtypes as in `dwt`.
+    wavelet: name or `Wavelet`, or one per axis.
+    mode: boundary mode, or one per axis.
+    axes: the two axes, rows first.
+
+  Returns:
+    (cA, (cH, cV, cD)): approximation; detail along axes[0], along axes[1], along both.
+
+  Raises:
+    ValueError: as `dwt`, or not two axes.
+
+  Example:
+    >>> x = jnp.ones((64, 224, 224, 3))
+    >>> cA, (cH, cV, cD) = dwt2(x, 'haar', axes=(1, 2))
+    >>> cA.shape, float(cA[0, 0, 0, 0].round(3))
+    ((64, 112, 112, 3), 2.0)
+  """
+  (approximation, details), _ = _analysis(
+    data, wavelet, mode, 1, banks.two_axes(axes), multilevel=False
   )
+  return approximation, _to_triple(details)
+
+
+def idwt2(
+  coeffs,
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  axes: Sequence[int] = (-2, -1),
+  *,
+  shape=None,
+) -> jax.Array:
+  """Inverse of `dwt2`.
+
+  Args:
+    coeffs: (cA, (cH, cV, cD)); any of them may be None for zeros.
+    wavelet: as in the decomposition.
+    mode: as in the decomposition.
+    axes: as in the decomposition.
+    shape: shape of the original data. Without it odd lengths come back one sample longer.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: shapes differ or do not belong to `shape`, or there is no array.
+
+  Example:
+    >>> x = jnp.arange(15.0).reshape(3, 5)
+    >>> bool(jnp.allclose(idwt2(dwt2(x, 'db2'), 'db2', shape=x.shape), x, atol=1e-5))
+    True
+  """
+  approximation, details = coeffs
+  bands = {'aa': _optional(approximation), **_from_triple(details)}
+  return _synthesis([None, bands], wavelet, mode, banks.two_axes(axes), shape, unique=False)
+
+
+def dwtn(data, wavelet: banks.Wavelets, mode: banks.Modes = 'symmetric', axes=None) -> Details:
+  """One level of the n-D discrete wavelet transform, as `pywt.dwtn`.
+
+  Args:
+    data: any array with at least one dimension; dtypes as in `dwt`.
+    wavelet: name or `Wavelet`, or one per axis.
+    mode: boundary mode, or one per axis.
+    axes: axes to transform, in this order; all by default. A repeated axis is transformed again.
+
+  Returns:
+    Bands by key, one letter per axis: 'a' approximation, 'd' detail ('aad' for three axes).
+
+  Raises:
+    ValueError: as `dwt`.
+
+  Example:
+    >>> sorted(dwtn(jnp.ones((4, 6)), 'haar'))
+    ['aa', 'ad', 'da', 'dd']
+  """
+  (approximation, details), count = _analysis(data, wavelet, mode, 1, axes, multilevel=False)
+  return {'a' * count: approximation, **details}
+
+
+def idwtn(
+  coeffs: Mapping[str, Any],
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  axes=None,
+  *,
+  shape=None,
+) -> jax.Array:
+  """Inverse of `dwtn`.
+
+  Args:
+    coeffs: bands by key; missing ones and None are zeros.
+    wavelet: as in the decomposition.
+    mode: as in the decomposition.
+    axes: as in the decomposition.
+    shape: shape of the original data. Without it odd lengths come back one sample longer.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: a key does not name a band, shapes differ, or there is no array.
+
+  Example:
+    >>> x = jnp.arange(24.0).reshape(2, 3, 4)
+    >>> bool(jnp.allclose(idwtn(dwtn(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-5))
+    True
+  """
+  bands = {key: _optional(band) for key, band in coeffs.items()}
+  return _synthesis([None, bands], wavelet, mode, axes, shape, unique=False)
+
+
+def wavedec(
+  data,
+  wavelet: banks.WaveletLike,
+  mode: str = 'symmetric',
+  level: int | None = None,
+  axis: int = -1,
+) -> list[jax.Array]:
+  """Multilevel discrete wavelet transform along one axis, as `pywt.wavedec`.
+
+  Args:
+    data: [..., n, ...]; dtypes as in `dwt`. Levels are computed in float32 or wider throughout.
+    wavelet: name or `Wavelet`.
+    mode: boundary mode.
+    level: number of levels; by default `dwt_max_level`, with a warning beyond it.
+    axis: the axis to transform.
+
+  Returns:
+    [cA_level, cD_level, ..., cD_1].
+
+  Raises:
+    ValueError: as `dwt`, or level < 0.
+
+  Example:
+    >>> [c.shape for c in wavedec(jnp.ones(100), 'db2', level=2)]
+    [(27,), (27,), (51,)]
+  """
+  (approximation, *levels), _ = _analysis(data, wavelet, mode, level, axis)
+  return [approximation, *(details['d'] for details in levels)]
+
+
+def waverec(
+  coeffs: Sequence,
+  wavelet: banks.WaveletLike,
+  mode: str = 'symmetric',
+  axis: int = -1,
+  *,
+  shape=None,
+) -> jax.Array:
+  """Inverse of `wavedec`.
+
+  Args:
+    coeffs: [cA_n, cD_n, ..., cD_1]; None counts as zeros.
+    wavelet: as in the decomposition.
+    mode: as in the decomposition.
+    axis: as in the decomposition.
+    shape: shape of the original data. Without it an odd length comes back one sample longer.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: the shapes do not fit each other or `shape`, or there is no array.
+
+  Example:
+    >>> x = jnp.arange(99.0)
+    >>> bool(jnp.allclose(waverec(wavedec(x, 'sym4'), 'sym4', shape=x.shape), x, atol=1e-3))
+    True
+  """
+  approximation, *levels = _coefficients(coeffs)
+  if any(isinstance(details, Mapping | Sequence) for details in levels):
+    raise ValueError(
+      'the details of wavedec are arrays; use waverec2 for tuples, waverecn for dicts.'
+    )
+  levels = [{'d': _optional(details)} for details in levels]
+  return _synthesis([approximation, *levels], wavelet, mode, axis, shape)
+
+
+def wavedec2(
+  data,
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  level: int | None = None,
+  axes: Sequence[int] = (-2, -1),
+) -> list:
+  """Multilevel 2-D discrete wavelet transform, as `pywt.wavedec2`.
+
+  Args:
+    data: array with at least two dimensions; dtypes as in `dwt`.
+    wavelet: name or `Wavelet`, or one per axis.
+    mode: boundary mode, or one per axis.
+    level: number of levels; by default `dwtn_max_level`, with a warning beyond it.
+    axes: the two axes, rows first.
+
+  Returns:
+    [cA_level, (cH, cV, cD) of the deepest level, ..., (cH, cV, cD) of level 1].
+
+  Raises:
+    ValueError: as `dwt`, level < 0, or not two different axes.
+
+  Example:
+    >>> cA, *levels = wavedec2(jnp.ones((2, 64, 64, 3)), 'db4', level=2, axes=(1, 2))
+    >>> cA.shape, levels[-1][0].shape
+    ((2, 21, 21, 3), (2, 35, 35, 3))
+  """
+  (approximation, *levels), _ = _analysis(data, wavelet, mode, level, banks.two_axes(axes))
+  return [approximation, *map(_to_triple, levels)]
+
+
+def waverec2(
+  coeffs: Sequence,
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  axes: Sequence[int] = (-2, -1),
+  *,
+  shape=None,
+) -> jax.Array:
+  """Inverse of `wavedec2`.
+
+  Args:
+    coeffs: [cA, (cH, cV, cD), ...]; any array may be None for zeros.
+    wavelet: as in the decomposition.
+    mode: as in the decomposition.
+    axes: as in the decomposition.
+    shape: shape of the original data. Without it odd lengths come back one sample longer.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: the shapes do not fit each other or `shape`, or there is no array.
+
+  Example:
+    >>> x = jnp.arange(63.0).reshape(7, 9)
+    >>> bool(jnp.allclose(waverec2(wavedec2(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-4))
+    True
+  """
+  approximation, *levels = _coefficients(coeffs)
+  levels = [_from_triple(details) for details in levels]
+  return _synthesis([approximation, *levels], wavelet, mode, banks.two_axes(axes), shape)
+
+
+def wavedecn(
+  data,
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  level: int | None = None,
+  axes=None,
+) -> list:
+  """Multilevel n-D discrete wavelet transform, as `pywt.wavedecn`.
+
+  Args:
+    data: any array with at least one dimension; dtypes as in `dwt`.
+    wavelet: name or `Wavelet`, or one per axis.
+    mode: boundary mode, or one per axis.
+    level: number of levels; by default `dwtn_max_level`, with a warning beyond it.
+    axes: axes to transform, all by default.
+
+  Returns:
+    [cA_level, details of the deepest level, ..., details of level 1], details by key as in `dwtn`.
+
+  Raises:
+    ValueError: as `dwt`, level < 0, or a repeated axis.
+
+  Example:
+    >>> cA, level2, level1 = wavedecn(jnp.ones((8, 8, 8)), 'haar', level=2)
+    >>> cA.shape, level1['ddd'].shape
+    ((2, 2, 2), (4, 4, 4))
+  """
+  return _analysis(data, wavelet, mode, level, axes)[0]
+
+
+def waverecn(
+  coeffs: Sequence,
+  wavelet: banks.Wavelets,
+  mode: banks.Modes = 'symmetric',
+  axes=None,
+  *,
+  shape=None,
+) -> jax.Array:
+  """Inverse of `wavedecn`.
+
+  Args:
+    coeffs: [cA, details, ...]; missing bands and None are zeros.
+    wavelet: as in the decomposition.
+    mode: as in the decomposition.
+    axes: as in the decomposition.
+    shape: shape of the original data. Without it odd lengths come back one sample longer.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: the shapes do not fit each other or `shape`, or there is no array.
+
+  Example:
+    >>> x = jnp.arange(60.0).reshape(3, 4, 5)
+    >>> bool(jnp.allclose(waverecn(wavedecn(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-4))
+    True
+  """
+  approximation, *levels = _coefficients(coeffs)
+  if not all(isinstance(details, Mapping) for details in levels):
+    raise ValueError(
+      'the details of wavedecn are dicts; use waverec for arrays, waverec2 for tuples.'
+    )
+  levels = [{key: _optional(band) for key, band in details.items()} for details in levels]
+  return _synthesis([approximation, *levels], wavelet, mode, axes, shape)
+
+
+def _coefficients(coeffs: Sequence) -> list:
+  if not isinstance(coeffs, Sequence) or len(coeffs) < 1:
+    raise ValueError('coeffs is a list [approximation, details, ...] with at least one element.')
+  return [_optional(coeffs[0]), *coeffs[1:]]
+
+
+# One array for all bands
+
+
+def coeffs_to_array(coeffs: Sequence, padding: float | None = 0, axes=None):
+  """Puts the bands of a multilevel transform side by side in one array, as `pywt.coeffs_to_array`.
+
+  Args:
+    coeffs: what `wavedec`, `wavedec2` or `wavedecn` returned.
+    padding: value of the places no band covers; None refuses to leave any.
+    axes: the transformed axes; may be left out when all were.
+
+  Returns:
+    (array, slices): the approximation in the first corner, each level's details around it; slices
+    as `array_to_coeffs` takes them. The slices are Python values, known while tracing.
+
+  Raises:
+    ValueError: a band is missing, axes are needed, or bands leave gaps while padding is None.
+
+  Example:
+    >>> coeffs = wavedec2(jnp.ones((8, 8)), 'haar', level=2)
+    >>> array, slices = coeffs_to_array(coeffs)
+    >>> array.shape, slices[1]['dd']
+    ((8, 8), (slice(2, 4, None), slice(2, 4, None)))
+  """
+  approximation, *levels = _coefficients(coeffs)
+  levels = [_by_key(details) for details in levels]
+  if approximation is None or any(b is None for details in levels for b in details.values()):
+    raise ValueError('coeffs_to_array needs every band; use zeros for those you leave out.')
+  ndim = approximation.ndim
+  if not levels:
+    return approximation, [(slice(None),) * ndim]
+  letters = len(next(iter(levels[0])))
+  if axes is None and letters < ndim:
+    raise ValueError(
+      f'the bands come from a transform of {letters} of {ndim} axes: say which, as in axes=(1, 2).'
+    )
+  axes = banks.as_axes(axes, ndim, unique=True)
+  if len(axes) != letters:
+    raise ValueError(f'{len(axes)} axes {axes} given, but {letters} were transformed.')
+  corner = list(approximation.shape)
+  slices: list = [tuple(slice(n) for n in corner)]
+  for details in levels:
+    size = details['d' * letters].shape
+    slices.append({})
+    for key, band in details.items():
+      place = [slice(None)] * ndim
+      for axis, letter in zip(axes, key, strict=True):
+        begin = corner[axis] if letter == 'd' else 0
+        place[axis] = slice(begin, begin + band.shape[axis])
+      slices[-1][key] = tuple(place)
+    for axis in axes:
+      corner[axis] += size[axis]
+  bands = [approximation, *(b for details in levels for b in details.values())]
+  if padding is None and math.prod(corner) != sum(b.size for b in bands):
+    raise ValueError(
+      "the bands leave gaps in one array. Allow a padding value, or use mode 'periodization' and"
+      ' lengths divisible by 2**level.'
+    )
+  array = jnp.full(corner, padding or 0, approximation.dtype)
+  places = [slices[0], *(p for level in slices[1:] for p in level.values())]
+  for band, place in zip(bands, places, strict=True):
+    array = array.at[place].set(band)
+  return array, slices
+
+
+def array_to_coeffs(array, coeff_slices: Sequence, output_format: str = 'wavedecn') -> list:
+  """Inverse of `coeffs_to_array`.
+
+  Args:
+    array: the array of all bands.
+    coeff_slices: the slices that came with it.
+    output_format: 'wavedec', 'wavedec2' or 'wavedecn', the form of the details.
+
+  Returns:
+    Coefficients for `waverec`, `waverec2` or `waverecn`.
+
+  Raises:
+    ValueError: an unknown format, or no slices.
+
+  Example:
+    >>> x = jnp.arange(64.0).reshape(8, 8)
+    >>> array, slices = coeffs_to_array(wavedec2(x, 'haar'))
+    >>> bool(
+    ...   jnp.allclose(waverec2(array_to_coeffs(array, slices, 'wavedec2'), 'haar'), x, atol=1e-4)
+    ... )
+    True
+  """
+  forms = {'wavedec': lambda d: d['d'], 'wavedec2': _to_triple, 'wavedecn': lambda d: d}
+  if output_format not in forms:
+    raise ValueError(
+      f"output_format is 'wavedec', 'wavedec2' or 'wavedecn', got {output_format!r}."
+    )
+  if not coeff_slices:
+    raise ValueError('coeff_slices is empty; pass what coeffs_to_array returned.')
+  array = jnp.asarray(array)
+  levels = [{key: array[place] for key, place in level.items()} for level in coeff_slices[1:]]
+  return [array[coeff_slices[0]], *map(forms[output_format], levels)]
+
+
+def _by_key(details) -> Details:
+  """Details of one level in any of the three forms, as a dict."""
+  if isinstance(details, Mapping):
+    return {key: _optional(band) for key, band in details.items()}
+  if isinstance(details, Sequence):
+    return _from_triple(details)
+  return {'d': _optional(details)}

@@ -188,11 +188,13 @@ class Checkpoints:
     manifest = _read_manifest(self.root / str(chosen))
     _check_structure(self.root / str(chosen), manifest['leaves'], template)
     data = self._orbax.restore(self.root / str(chosen), _nested(template, _target))
-    leaves = dict(_leaves(data))
-    paths = _paths(template)
+    leaves = _leaves(data)
     likes, treedef = jax.tree.flatten(template)
     state = treedef.unflatten(
-      [like_key(leaves[p], like) for p, like in zip(paths, likes, strict=True)]
+      [
+        like_key(leaves[path] if path in leaves else _empty(like), like)
+        for path, like in zip(_paths(template), likes, strict=True)
+      ]
     )
     return Restored(chosen, state, manifest['position'])
 
@@ -341,6 +343,8 @@ def _nested(tree: PyTree, leaf_fn=key_data) -> dict:
   """The tree as dicts named by its paths: what is stored does not depend on optax's types."""
   result: dict = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    if not x.size:
+      continue  # Orbax refuses empty arrays; their shape is in the manifest
     *parents, name = _parts(path)
     node = result
     for part in parents:
@@ -353,6 +357,11 @@ def _target(x: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(x, 'sharding', None) or SingleDeviceSharding(jax.local_devices()[0])
   data = jax.eval_shape(key_data, x) if is_key(x) else x
   return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def _empty(like: Any) -> jax.Array:
+  target = _target(like)
+  return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
 
 
 def _check_structure(path: pathlib.Path, saved: Mapping[str, list], template: PyTree) -> None:

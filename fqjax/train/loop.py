@@ -208,7 +208,7 @@ class _Run:
       self.log.say(
         f'First step (compiling {compiled} programs): {time.perf_counter() - began:.1f} s'
       )
-      self.log.restart_clock()
+      self.log.begin(i)
     elif compiled:
       self.recompiled += compiled
       self.log.say(
@@ -314,8 +314,13 @@ class _Log:
     self.images = next((int(r['images']) for r in self.history[::-1] if 'images' in r), 0)
     self._seconds = next((r['seconds'] for r in self.history[::-1] if 'seconds' in r), 0.0)
     self._began = time.perf_counter()
-    self._step = start
     self._rate = 0.0
+    self.begin(start)
+
+  def begin(self, i: int) -> None:
+    """Starts the clock of speed and remaining time at step `i`, after compiling."""
+    self._first = i
+    self._running_since = time.perf_counter()
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -361,8 +366,8 @@ class _Log:
       )
       self._bar.update(i - self._bar.n)
     else:
-      done = max(i - self._step, 1)
-      eta = (self.total - i) * (time.perf_counter() - self._began) / done
+      done = max(i - self._first, 1)
+      eta = (self.total - i) * (time.perf_counter() - self._running_since) / done
       self.say(
         format_line(i, self.total, shown)
         + f'  {scalars["images_per_second"]:.1f} images/s'

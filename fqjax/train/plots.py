@@ -4,13 +4,15 @@ Each function returns a `matplotlib.figure.Figure`; save it with `figure.savefig
 be the last line of a notebook cell after `%matplotlib inline`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fqjax import ops
 
@@ -21,27 +23,31 @@ class Point(NamedTuple):
   """A trained network in `accuracy_against_bytes`.
 
   Attributes:
-    name: label beside the point.
-    input_bytes: bytes of one image as sent to the device.
+    label: beside the point.
+    bytes: of one image as sent to the device.
     accuracy: in percent.
     spread: standard error of the accuracy, in points, if known.
-    group: points of one group share a marker and are joined by a line.
+    series: points of one series share a marker and are joined by a line.
   """
 
-  name: str
-  input_bytes: float
+  label: str
+  bytes: float
   accuracy: float
   spread: float | None = None
-  group: str = ''
+  series: str = ''
 
 
-def _figure(width: float, height: float) -> Figure:
-  figure = Figure(figsize=(width, height), layout='constrained')
+def _figure(width: float, height: float, images: bool = True) -> Figure:
+  # Images keep their shape; what they leave free goes to the edge, not between them.
+  layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, compress=images)
+  figure = Figure(figsize=(width, height), layout=layout)
   FigureCanvasAgg(figure)
   return figure
 
 
-def heatmap_figure(frequency, size: int = 8, *, numbers: bool = True, title: str = '') -> Figure:
+def heatmap_figure(
+  frequency: ArrayLike, size: int = 8, *, numbers: bool = True, title: str = ''
+) -> Figure:
   """Share of images in which the gate chose each frequency, one panel per colour component.
 
   Args:
@@ -66,7 +72,7 @@ def heatmap_figure(frequency, size: int = 8, *, numbers: bool = True, title: str
     )
   maps = frequency.reshape(-1, size, size)
   rank = np.asarray(ops.zigzag_rank(size)).reshape(size, size)
-  figure = _figure(3.4 * len(maps) + 0.6, 3.7)
+  figure = _figure(3.5 * len(maps) + 0.8, 4.1 + 0.3 * bool(title))
   panels = np.atleast_1d(figure.subplots(1, len(maps)))
   for axes, name, values in zip(panels, COMPONENTS, maps, strict=False):
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap='Blues')
@@ -87,11 +93,13 @@ def heatmap_figure(frequency, size: int = 8, *, numbers: bool = True, title: str
   return figure
 
 
-def channel_panels(image, size: int = 8, *, component: str = 'Y', mosaic: bool = True) -> Figure:
+def channel_panels(
+  image: ArrayLike, size: int = 8, *, component: str = 'Y', mosaic: bool = True
+) -> Figure:
   """The DCT channels of a photograph: the image, and a `size` x `size` mosaic of small maps.
 
   Each map shows one frequency over all blocks, grey where it is zero and scaled by its own
-  largest value, so that weak frequencies are seen as well.
+  98th percentile, so that weak frequencies are seen as well.
 
   Args:
     image: uint8 [h, w, 3]; cropped to whole blocks.
@@ -130,12 +138,15 @@ def channel_panels(image, size: int = 8, *, component: str = 'Y', mosaic: bool =
   return figure
 
 
-def _mosaic(coefficients: np.ndarray, gap: int = 1) -> np.ndarray:
+def _mosaic(coefficients: np.ndarray) -> np.ndarray:
   """[rows, columns, size**2] channels side by side, each within -1..1, white lines between."""
   rows, columns, channels = coefficients.shape
   size = round(channels**0.5)
-  largest = np.abs(coefficients).max((0, 1), keepdims=True)
-  scaled = coefficients / np.where(largest > 0, largest, 1.0)
+  gap = 1 + max(rows, columns) // 32
+  # Of maps that are zero almost everywhere the largest value serves.
+  usual = np.percentile(np.abs(coefficients), 98, axis=(0, 1))
+  scale = np.where(usual > 0, usual, np.abs(coefficients).max((0, 1)))
+  scaled = np.clip(coefficients / np.where(scale > 0, scale, 1.0), -1.0, 1.0)
   out = np.ones((size * (rows + gap) - gap, size * (columns + gap) - gap))
   for c in range(channels):
     y, x = (c // size) * (rows + gap), (c % size) * (columns + gap)
@@ -143,11 +154,13 @@ def _mosaic(coefficients: np.ndarray, gap: int = 1) -> np.ndarray:
   return out
 
 
-def accuracy_against_bytes(points: Sequence[Point], *, title: str = '') -> Figure:
+def accuracy_against_bytes(
+  points: Sequence[Point | Mapping[str, Any]], *, title: str = ''
+) -> Figure:
   """Accuracy over the bytes of one input image, with error bars of one standard error.
 
   Args:
-    points: trained networks; at least one.
+    points: trained networks, at least one; a mapping has the names of `Point`'s fields.
     title: above the axes.
 
   Example:
@@ -156,33 +169,33 @@ def accuracy_against_bytes(points: Sequence[Point], *, title: str = '') -> Figur
     >>> figure.axes[0].get_ylabel()
     'top-1, %'
   """
-  points = [Point(*point) for point in points]
+  points = [Point(**p) if isinstance(p, Mapping) else Point(*p) for p in points]
   if not points:
     raise ValueError('accuracy_against_bytes needs at least one point.')
-  figure = _figure(7.0, 4.6)
+  figure = _figure(7.0, 4.6, images=False)
   axes = figure.subplots()
-  groups: dict[str, list[Point]] = {}
+  series: dict[str, list[Point]] = {}
   for point in points:
-    groups.setdefault(point.group or point.name, []).append(point)
-  for marker, (group, members) in zip('osD^vP*X' * len(groups), groups.items(), strict=False):
-    members = sorted(members, key=lambda point: point.input_bytes)
+    series.setdefault(point.series or point.label, []).append(point)
+  for marker, (name, members) in zip('osD^vP*X' * len(series), series.items(), strict=False):
+    members = sorted(members, key=lambda point: point.bytes)
     axes.errorbar(
-      [point.input_bytes for point in members],
+      [point.bytes for point in members],
       [point.accuracy for point in members],
       yerr=[point.spread or 0.0 for point in members],
       marker=marker,
       capsize=3,
       linestyle='-' if len(members) > 1 else 'none',
-      label=group,
+      label=name,
     )
-    if len(members) > 1:
-      for point in members:
+    for point in members:
+      if point.series:
         axes.annotate(
-          point.name, (point.input_bytes, point.accuracy),
+          point.label, (point.bytes, point.accuracy),
           textcoords='offset points', xytext=(7, 5), fontsize=9,
         )  # fmt: skip
   axes.set_xscale('log', base=2)
-  sizes = sorted({point.input_bytes for point in points})
+  sizes = sorted({point.bytes for point in points})
   axes.set_xticks(sizes)
   axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
   axes.xaxis.set_minor_formatter(NullFormatter())

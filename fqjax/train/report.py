@@ -446,10 +446,10 @@ def _samples(samples: Sequence[Sample], class_names: Sequence[str] | None) -> st
 def _config_text(config: Any) -> str:
   if isinstance(config, str):
     return config
-  if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    config = dataclasses.asdict(config)
   if hasattr(config, 'to_dict'):  # ConfigDict
     config = config.to_dict()
+  elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+    config = dataclasses.asdict(config)
   return json.dumps(config, indent=2, default=str, ensure_ascii=False)
 
 
@@ -475,8 +475,10 @@ def _hardware() -> str:
 def _repeat(command: str, config: Any, hardware: str | None) -> str:
   where = [*_versions(), ('hardware', hardware or _hardware())]
   items = ''.join(f'<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>' for k, v in where)
+  # Broken between words where there is room for that, never after the dashes of a flag.
+  words = ' '.join(f'<span>{html.escape(word)}</span>' for word in command.split(' '))
   return (
-    f'<pre class="command"><code>{html.escape(command)}</code></pre>'
+    f'<pre class="command"><code>{words}</code></pre>'
     f'<dl class="versions">{items}</dl>'
     '<details><summary>Configuration</summary>'
     '<div class="scroll" tabindex="0" role="region" aria-label="Configuration">'
@@ -602,6 +604,7 @@ pre { margin: 0; padding: 14px 16px; font: .875rem/1.5 ui-monospace, SFMono-Regu
   Consolas, 'DejaVu Sans Mono', monospace; }
 .command { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.command span { display: inline-block; max-width: 100%; vertical-align: top; }
 .versions { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 16px 0; }
 .versions dd { margin: 0; }
 details { margin-top: 18px; }

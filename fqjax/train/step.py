@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from fqjax.train.mesh import batch_sharding, replicated_sharding, shard_batch
+from fqjax.train.mesh import batch_sharding, replicate, replicated_sharding, shard_batch
 from fqjax.train.state import Averages, TrainState
 
 PyTree = Any
@@ -25,7 +25,7 @@ def make_train_step(
   accumulate: int = 1,
   ema_decay: float | Callable[[jax.Array], Any] | None = None,
   state_sharding: Any = None,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
+) -> 'TrainStep':
   """Makes the one jitted, sharded, donated training step.
 
   The batch is split over the mesh's first axis, the state replicated; sums over the batch are global, so
@@ -47,8 +47,9 @@ def make_train_step(
     state_sharding: shardings of the state (a prefix of its tree); replicated by default.
 
   Returns:
-    `step(state, batch) -> (state, metrics)`, a `jax.jit` function. The state passed in is donated
-    and must not be used again. Metrics are those of `loss_fn` plus `loss` and `grad_norm`.
+    `step(state, batch) -> (state, metrics)`, one compiled program. The state passed in is donated and
+    must not be used again. A batch of host arrays is this process's part. Metrics are those of
+    `loss_fn` plus `loss` and `grad_norm`.
 
   Raises:
     ValueError: for `accumulate < 1`; when called, if the batch does not divide, if `state.ema` and
@@ -92,12 +93,51 @@ def make_train_step(
     metrics = {**metrics, 'loss': loss, 'grad_norm': optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, model_state, opt_state, ema, state.key), metrics
 
-  return jax.jit(
+  jitted = jax.jit(
     train_step,
     donate_argnums=0,
     in_shardings=(states, batches),
     out_shardings=(states, replicated),
   )
+  return TrainStep(jitted, batches.mesh, state_sharding)
+
+
+class TrainStep:
+  """What `make_train_step` returns: `step(state, batch) -> (state, metrics)`.
+
+  Puts the state and host batches onto the mesh when they are not there yet. Arrays of no mesh are of
+  another type to JAX: the jitted function alone would compile once for the fresh state and once more
+  for the state it returns.
+
+  Attributes:
+    mesh: the devices it runs on.
+    lower: `lower(state, batch)`, the `jax.jit` function's, to look at the compiled program.
+  """
+
+  def __init__(self, jitted: Any, mesh: Any, state_sharding: Any = None):
+    self.mesh = mesh
+    self._jitted = jitted
+    self._sharding = state_sharding
+    self._batches = batch_sharding(mesh)
+
+  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Runs one step."""
+    if state.step.is_deleted():
+      raise RuntimeError(
+        'this state was donated to an earlier step and is deleted.'
+        ' Write state, metrics = step(state, batch) and go on with the state it returns.'
+      )
+    sharding = state.step.sharding
+    if not (isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh):
+      placed = replicate(state, self.mesh)
+      state = placed if self._sharding is None else jax.device_put(placed, self._sharding)
+    if any(getattr(x, 'sharding', None) != self._batches for x in jax.tree.leaves(batch)):
+      batch = shard_batch(batch, self.mesh)
+    return self._jitted(state, batch)
+
+  def lower(self, state: PyTree, batch: PyTree) -> Any:
+    """Lowers for arrays or `jax.ShapeDtypeStruct`s; runs nothing."""
+    return self._jitted.lower(state, batch)
 
 
 def make_eval_step(

@@ -11,9 +11,13 @@ def images(n=4, c=6, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=(n, 5, 3, c)), jnp.float32)
 
 
+def init(gate, x, train=False):
+  return jax.jit(gate.init, static_argnums=2)(jax.random.key(0), x, train)
+
+
 def test_the_papers_numbers(strict_dtypes):
   logits, noise = jnp.array([[0.1, 2.0]]), jnp.array([[0.5, -1.2]])
-  on, vjp = jax.vjp(lambda l: gumbel_gate(l, noise), logits)
+  on, vjp = jax.vjp(lambda z: gumbel_gate(z, noise), logits)
   assert on[0] == 1.0
   np.testing.assert_allclose(vjp(jnp.ones(1))[0], [[-0.24752, 0.24752]], atol=1e-5)
   # The soft sample is softmax(l + G) = (0.4502, 0.5498): p (1 - p) is the gradient above.
@@ -33,7 +37,7 @@ def test_forward_is_exactly_zero_or_one_and_follows_noise(strict_dtypes):
 
 def test_temperature_scales_the_soft_sample_only(strict_dtypes):
   logits = jnp.array([[0.0, 0.8]])
-  on, vjp = jax.vjp(lambda l: gumbel_gate(l, temperature=0.5), logits)
+  on, vjp = jax.vjp(lambda z: gumbel_gate(z, temperature=0.5), logits)
   p = 1 / (1 + np.exp(-1.6))
   assert on[0] == 1
   np.testing.assert_allclose(vjp(jnp.ones(1))[0][0, 1], p * (1 - p) / 0.5, rtol=1e-5)
@@ -51,10 +55,13 @@ def test_noise_is_gumbel_and_finite(strict_dtypes):
 @pytest.mark.parametrize('global_logits', [False, True])
 def test_initial_probability_of_being_open(global_logits, strict_dtypes):
   gate, x = ChannelGate(global_logits=global_logits), images(400, 192)
-  variables = gate.init(jax.random.key(0), x)
-  y, state = gate.apply(
-    variables, x, True, mutable=['gates', 'batch_stats'], rngs={'gate': jax.random.key(1)}
-  )
+  variables = init(gate, x)
+
+  @jax.jit
+  def apply(variables, key):
+    return gate.apply(variables, x, True, mutable=['gates', 'batch_stats'], rngs={'gate': key})
+
+  y, state = apply(variables, jax.random.key(1))
   on = np.asarray(state['gates']['on'])
   # 76,800 draws: a standard error of 0.0012 around sigmoid(1.9).
   assert abs(on.mean() - 0.870) < 0.01
@@ -63,21 +70,21 @@ def test_initial_probability_of_being_open(global_logits, strict_dtypes):
 
 
 def test_variables_and_initialisation():
-  variables = ChannelGate().init(jax.random.key(0), images(2, 192), train=True)
+  variables = init(ChannelGate(), images(2, 192), True)
   assert set(variables) == {'params', 'batch_stats'}
   params = variables['params']
   assert set(params) == {'squeeze', 'bn', 'logit_scale', 'logit_bias'}
   np.testing.assert_allclose(params['squeeze']['kernel'].std(), np.sqrt(2 / 192), rtol=0.03)
   np.testing.assert_allclose(params['logit_scale'].std(), 0.001, rtol=0.15)
   assert (params['logit_bias'] == jnp.array([[0.1, 2.0]]).repeat(192, 0)).all()
-  variables = ChannelGate(global_logits=True).init(jax.random.key(0), images(2, 192))
+  variables = init(ChannelGate(global_logits=True), images(2, 192))
   assert set(variables) == {'params'} and set(variables['params']) == {'logit_bias'}
 
 
 def test_evaluation_against_numpy_and_deterministic(strict_dtypes):
   rng = np.random.default_rng(3)
   gate, x = ChannelGate(), images(8, 6)
-  variables = gate.init(jax.random.key(0), x)
+  variables = init(gate, x)
   scale, bias = rng.normal(size=(2, 6, 2)).astype(np.float32)
   variables['params'] |= {'logit_scale': jnp.asarray(scale), 'logit_bias': jnp.asarray(bias)}
   y, state = gate.apply(variables, x, mutable=['gates'])
@@ -93,11 +100,13 @@ def test_evaluation_against_numpy_and_deterministic(strict_dtypes):
 
 def test_sampling_at_evaluation_is_an_option():
   gate, x = ChannelGate(sample_at_eval=True), images(64, 24)
-  variables = gate.init(jax.random.key(0), x)
-  first, again, other = (
-    gate.apply(variables, x, rngs={'gate': jax.random.key(k)}, mutable=['gates'])[1]['gates']['on']
-    for k in (0, 0, 1)
-  )
+  variables = init(gate, x)
+
+  @jax.jit
+  def choose(key):
+    return gate.apply(variables, x, rngs={'gate': key}, mutable=['gates'])[1]['gates']['on']
+
+  first, again, other = (choose(jax.random.key(k)) for k in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   assert (first != other).any() and 0.8 < first.mean() < 0.94
 
@@ -105,9 +114,11 @@ def test_sampling_at_evaluation_is_an_option():
 @pytest.mark.parametrize('global_logits', [False, True])
 def test_gradient_reaches_every_parameter(global_logits, strict_dtypes):
   gate, x = ChannelGate(global_logits=global_logits), images(8, 6)
-  variables = gate.init(jax.random.key(0), x)
+  variables = init(gate, x)
 
-  def loss(params, lam):
+  @jax.jit
+  @jax.grad
+  def gradient(params, lam):
     y, state = gate.apply(
       {**variables, 'params': params},
       x,
@@ -117,11 +128,11 @@ def test_gradient_reaches_every_parameter(global_logits, strict_dtypes):
     )
     return jnp.sum(y**2) + gate_penalty(state['gates']['on'], lam)
 
-  for path, grad in jax.tree.leaves_with_path(jax.grad(loss)(variables['params'], 0.0)):
+  for path, grad in jax.tree.leaves_with_path(gradient(variables['params'], 0.0)):
     # A constant added before a batch norm has no effect.
     if jax.tree_util.keystr(path) != "['squeeze']['bias']":
       assert jnp.abs(grad).max() > 1e-6, path
-  task, priced = (jax.grad(loss)(variables['params'], lam)['logit_bias'] for lam in (0.0, 10.0))
+  task, priced = (gradient(variables['params'], lam)['logit_bias'] for lam in (0.0, 10.0))
   difference = priced - task
   assert (difference[:, 1] > 0).all() and (difference[:, 0] < 0).all(), 'a price closes channels'
 

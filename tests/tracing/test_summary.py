@@ -124,6 +124,23 @@ def test_transposed_convolution_counts_no_inserted_zeros(size, stride, padding):
   assert result.macs == 7 * 7 * size * size * 3 * 5
 
 
+def test_stride_over_inserted_zeros_reads_one_tap_in_three():
+  # Outputs sit on real pixels, so of the three taps per axis only the middle one meets data.
+  def apply(p, x):
+    return jax.lax.conv_general_dilated(
+      x,
+      p['k'],
+      window_strides=(2, 2),
+      padding=((1, 1), (1, 1)),
+      lhs_dilation=(2, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  result = summary(apply, {'k': _array(3, 3, 4, 5)}, _array(1, 7, 7, 4))
+  assert result.rows[0].output == (1, 7, 7, 5)
+  assert result.macs == 7 * 7 * 4 * 5
+
+
 def test_gradient_of_a_convolution_costs_what_the_convolution_costs():
   # Backward by input and by kernel each repeat the forward's products (stride 2, no padding).
   def conv(k, x):

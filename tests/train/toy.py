@@ -1,5 +1,7 @@
 """A network of 200 numbers, its data and its loader: small enough to start a process for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from fqjax.train import create_state, make_train_step
 CLASSES, FEATURES, HIDDEN = 4, 6, 16
 
 
+@jax.jit
 def make_params(seed=0):
   k1, k2 = jax.random.split(jax.random.key(seed))
   return {
@@ -42,15 +45,23 @@ def model_state():
   return {'mean': jnp.zeros(FEATURES), 'steps': jnp.zeros((), jnp.int32)}
 
 
+@functools.cache
 def optimizer():
-  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.01, 500)))
+  return optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.01, 500))
+  )
 
 
-def setup(mesh=None, *, loss=loss_fn, tx=None, ema=True, seed=0, **options):
+# One compiled program for all tests that ask for the same step.
+cached_train_step = functools.cache(make_train_step)
+
+
+def setup(mesh=None, *, loss=loss_fn, tx=None, ema=True, seed=0, params=None, **options):
   """A fresh state and its step."""
   tx = tx or optimizer()
-  state = create_state(make_params(seed), model_state(), tx, jax.random.key(7), ema=ema)
-  step = make_train_step(loss, tx, mesh=mesh, ema_decay=0.9 if ema else None, **options)
+  params = make_params(seed) if params is None else params
+  state = create_state(params, model_state(), tx, jax.random.key(7), ema=ema)
+  step = cached_train_step(loss, tx, mesh=mesh, ema_decay=0.9 if ema else None, **options)
   return state, step
 
 

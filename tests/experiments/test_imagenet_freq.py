@@ -1,0 +1,174 @@
+"""The main experiment, end to end and small: every setting, resume, recipe of ImageNet, errors."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import imagenet_freq as configs
+from experiments import imagenet_freq as experiment
+from experiments import ledger
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def small(arg='demo,smoke', **changes):
+  config = configs.get_config(arg)
+  config.data.batch_size = 16
+  config.data.eval_batch_size = 64
+  config.dct.statistics_images = 100
+  config.optim.epochs = 0.1
+  config.eval_epochs = 1.0
+  config.checkpoint_epochs = 0.05
+  for name, value in changes.items():
+    setattr(config, name, value)
+  config.lock()
+  return config
+
+
+def test_every_setting_trains_and_is_compared(tmp_path, capsys):
+  config = small(settings=configs.ALL_SETTINGS)
+  rows = experiment.experiment(config, tmp_path)
+  assert [row['setting'] for row in rows] == list(configs.ALL_SETTINGS)
+  by_name = {row['setting']: row for row in rows}
+  # Equal bytes are what makes the comparison one.
+  assert by_name['rgb']['input_bytes'] == by_name['dct']['input_bytes'] == 3072
+  assert by_name['rgb_large_patchify']['input_bytes'] == 3 * 64 * 64
+  assert by_name['dct_gate']['input_values'] == 192 * 64
+  # The block stem costs about what the stemless network costs.
+  assert by_name['rgb_large_patchify']['macs'] == pytest.approx(by_name['dct']['macs'], rel=0.15)
+  assert 'gain' not in by_name['rgb'] and np.isfinite(by_name['dct']['gain'])
+  page = (tmp_path / 'report.html').read_text()
+  assert 'http://' not in page.replace('http://www.w3.org', '') and 'Settings' in page
+  assert json.loads((tmp_path / 'results.json').read_text()) == rows
+  assert 'one standard error' in capsys.readouterr().out
+
+  # The gate's subset was chosen and used.
+  chosen = json.loads((tmp_path / 'gate_then_static/seed0/result.json').read_text())['channels']
+  gate = json.loads((tmp_path / 'dct_gate/seed0/result.json').read_text())['selection']
+  assert len(chosen) == 24 and min(gate[c] for c in chosen) >= np.sort(gate)[-24]
+
+  # Again: nothing is trained a second time, and the numbers are the same.
+  before = (tmp_path / 'dct/seed0/result.json').stat().st_mtime_ns
+  assert experiment.experiment(config, tmp_path) == rows
+  assert (tmp_path / 'dct/seed0/result.json').stat().st_mtime_ns == before
+
+  # Another configuration is not mixed into the same folder.
+  with pytest.raises(ValueError, match=r'optim\.lr'):
+    other = small(settings=configs.ALL_SETTINGS)
+    other.optim.lr = 0.3
+    experiment.experiment(other, tmp_path)
+
+
+def test_outcome_goes_into_the_ledger(tmp_path, monkeypatch):
+  rows = [
+    {
+      'setting': name, 'title': name, 'top1': top1, 'spread': 0.5, 'top5': 99.0, 'seeds': 3,
+      'samples': 1000, 'seconds': 1.0, 'input_bytes': 768, 'input_values': 384, 'macs': 1e6,
+      'params': 3e5,
+    }
+    for name, top1 in (('rgb', 80.0), ('dct', 81.5))
+  ]  # fmt: skip
+  rows[1].update(gain=1.5, gain_spread=0.4)
+  monkeypatch.setattr(ledger, 'ROOT', tmp_path)
+  config = configs.get_config('cifar10')
+  config.goal = 1.0
+  experiment.record(config, rows)
+  written, problems = ledger.read(tmp_path / 'results.csv')
+  assert not problems
+  gain = next(row for row in written if row.metric == 'gain')
+  assert gain.run == 'imagenet_freq/cifar10/cifar_resnet20_dct/dct6' and gain.reached == 'yes'
+
+
+def test_error_adds_both_sources_of_variation():
+  rng = np.random.default_rng(0)
+  values = (rng.random((3, 400)) < np.array([[0.5], [0.6], [0.7]])).astype(float)
+  expected = np.hypot(values.mean(0).std(ddof=1) / 20, np.std(values.mean(1), ddof=1) / np.sqrt(3))
+  assert experiment.quadrature(values) == pytest.approx(expected)
+  assert experiment.quadrature(np.ones((1, 1))) == 0
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'settings': ('rbg',)}, 'rbg'),
+    ({'settings': ('gate_then_static',)}, 'dct_gate'),
+    ({'size': 60}, 'divisible'),
+  ],
+)
+def test_impossible_runs_are_refused_before_training(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    experiment.experiment(small(**changes), tmp_path)
+
+
+def test_command_line_is_parsed_as_the_program_would():
+  argv = [
+    '--config=configs/imagenet_freq.py:cifar10,seeds=2',
+    '--workdir=DIR',
+    '--config.optim.lr=0.2',
+  ]
+  assert experiment.parse_command(argv).config.optim.lr == 0.2
+  with pytest.raises(Exception, match='learning_rate'):
+    experiment.parse_command([*argv, '--config.optim.learning_rate=0.2'])
+
+
+def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path):
+  """The ResNet-50 preset, cut in size alone, reading TFDS `imagenet2012`."""
+  from tests.tiny_tfds import write_tiny_imagenet
+
+  write_tiny_imagenet(tmp_path / 'tfds', 12, 6)
+  config = configs.get_config('resnet50')
+  config.data.data_dir = os.fspath(tmp_path / 'tfds')
+  config.data.workers = 0
+  config.data.batch_size = config.data.eval_batch_size = 8
+  config.size, config.rgb_size = 64, 32
+  config.dct.statistics_images = 8
+  config.optim.epochs = 2.0
+  config.optim.label_smoothing = 0.1
+  config.optim.accumulate = 1
+  config.optim.clip = 1.0
+  config.optim.ema = 0.9
+  config.log_every = 1
+  (row,) = experiment.experiment(config, tmp_path / 'run')
+  assert row['samples'] == 6 and row['input_values'] == 24 * 64
+  with np.load(tmp_path / 'run/dct/seed0/variables.npz') as z:
+    assert z['params/layer1_0/conv1/kernel'].shape == (1, 1, 24, 64)
+    assert all(z[k].dtype == np.float32 and np.isfinite(z[k]).all() for k in z.files)
+
+
+@pytest.mark.full
+def test_killed_and_restarted_run_reaches_the_same_parameters(tmp_path):
+  command = [
+    sys.executable, '-m', 'experiments.imagenet_freq',
+    '--config=configs/imagenet_freq.py:demo,smoke,settings=dct_gate',
+    '--config.checkpoint_epochs=0.1',
+  ]  # fmt: skip
+  env = {**os.environ, 'XLA_FLAGS': ''}
+  subprocess.run([*command, f'--workdir={tmp_path}/whole'], check=True, cwd=ROOT, env=env)
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    process = subprocess.Popen([*command, f'--workdir={tmp_path}/cut'], cwd=ROOT, env=env)
+    try:
+      process.wait(rng.uniform(4, 12))
+      break
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+  subprocess.run([*command, f'--workdir={tmp_path}/cut'], check=True, cwd=ROOT, env=env)
+  with (
+    np.load(tmp_path / 'whole/dct_gate/seed0/variables.npz') as a,
+    np.load(tmp_path / 'cut/dct_gate/seed0/variables.npz') as b,
+  ):
+    assert a.files == b.files
+    for name in a.files:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_the_modules_docstring_names_every_setting():
+  names = re.findall(r'^  (\w+) {2,}', experiment.__doc__, re.MULTILINE)
+  assert tuple(names) == tuple(experiment.SETTINGS)

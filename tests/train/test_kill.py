@@ -1,0 +1,175 @@
+"""Runs that are killed, ended or filled up from outside, as processes of their own."""
+
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fqjax.train import read_json_lines
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(workdir, *args, output=subprocess.PIPE, prefix=()):
+  command = [
+    *prefix,
+    sys.executable,
+    '-m',
+    'tests.train.kill_target',
+    str(workdir),
+    *map(str, args),
+  ]
+  return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, timeout=120):
+  try:
+    out, _ = process.communicate(timeout=timeout)
+  finally:
+    process.kill()
+  return out
+
+
+def final(workdir):
+  with np.load(workdir / 'final.npz') as f:
+    return dict(f)
+
+
+def losses(workdir):
+  return [(r['step'], r['loss']) for r in read_json_lines(workdir / 'metrics.jsonl')]
+
+
+def assert_same_run(workdir, reference):
+  a, b = final(workdir), final(reference)
+  assert a.keys() == b.keys() and len(a) > 10
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name, strict=True)
+  assert losses(workdir) == losses(reference)
+
+
+def wait_for(process, condition, timeout=60):
+  """Polls without a pause: some of the moments last less than a millisecond."""
+  end = time.monotonic() + timeout
+  while process.poll() is None and time.monotonic() < end:
+    if condition():
+      return True
+  return False
+
+
+def newest(checkpoints):
+  names = [p.name for p in checkpoints.glob('*') if p.name.isdigit()]
+  return max(map(int, names), default=0)
+
+
+def at_random_time(process, checkpoints, rng):
+  at_start = newest(checkpoints)
+  if wait_for(process, lambda: newest(checkpoints) > at_start):  # it must get somewhere
+    time.sleep(rng.uniform(0, 0.4))
+
+
+def while_writing(process, checkpoints, rng):
+  at_start = newest(checkpoints)
+  skip = rng.randrange(2)
+  wait_for(
+    process,
+    lambda: (
+      newest(checkpoints) > at_start + 4 * skip
+      and any('.orbax-checkpoint-tmp' in p.name for p in checkpoints.glob('*'))
+    ),
+  )
+  time.sleep(rng.uniform(0, 0.03))
+
+
+def before_it_counts(process, checkpoints, rng):
+  del rng
+  done = {p.name for p in checkpoints.glob('*')}
+  new = lambda: [p for p in checkpoints.glob('*') if p.name.isdigit() and p.name not in done]
+  wait_for(process, lambda: any(not (p / 'fqjax.json').exists() for p in new()))
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  out = finish(start(workdir, '--steps', 120))
+  assert (workdir / 'final.npz').exists(), out
+  return workdir
+
+
+def kill_and_restart(workdir, moments, steps, seed):
+  rng = random.Random(seed)
+  killed = 0
+  for moment in moments:
+    process = start(workdir, '--steps', steps, '--delay', 0.005, output=subprocess.DEVNULL)
+    moment(process, workdir / 'checkpoints', rng)
+    process.kill()
+    killed += process.wait() == -signal.SIGKILL
+  assert killed == len(moments), 'a run ended before it was killed: make it longer'
+  out = finish(start(workdir, '--steps', steps))
+  assert 'Continuing from step' in out
+  return out
+
+
+def test_killed_three_times_ends_bit_identical(reference, tmp_path):
+  moments = [while_writing, at_random_time, before_it_counts]
+  kill_and_restart(tmp_path, moments, 120, seed=0)
+  assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.full
+def test_killed_twenty_times_ends_bit_identical(tmp_path):
+  reference = tmp_path / 'whole'
+  finish(start(reference, '--steps', 600))
+  moments = [[while_writing, at_random_time, before_it_counts][i % 3] for i in range(20)]
+  kill_and_restart(tmp_path / 'killed', moments, 600, seed=1)
+  assert_same_run(tmp_path / 'killed', reference)
+
+
+def test_sigterm_saves_and_exits_143(reference, tmp_path):
+  process = start(tmp_path, '--steps', 120, '--every', 60, '--delay', 0.01)
+  wait_for(process, lambda: (tmp_path / 'metrics.jsonl').exists())
+  process.send_signal(signal.SIGTERM)
+  out = finish(process)
+  assert process.returncode == 143, out
+  assert 'SIGTERM received at step' in out and 'Traceback' not in out
+  assert newest(tmp_path / 'checkpoints') % 60 != 0
+  finish(start(tmp_path, '--steps', 120, '--every', 4))
+  a, b = final(tmp_path), final(reference)
+  assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+def test_writing_that_fails_later_keeps_the_last_checkpoint(tmp_path):
+  """Past step 5 no file may grow beyond 20 kB: the system's answer to a quota, or a full disk."""
+  args = ('--steps', 12, '--every', 4, '--size', 100_000)
+  out = finish(start(tmp_path, *args, '--file-limit', 20_000, '--limit-at', 5))
+  assert 'CheckpointError: the checkpoint of step 8 could not be written' in out, out
+  assert 'The checkpoint of step 4 is untouched. Free some space' in out
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['4']
+  out = finish(start(tmp_path, *args))
+  assert 'Continuing from step 4 of 12' in out
+  whole = tmp_path / 'whole'
+  finish(start(whole, *args))
+  assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.full
+def test_full_disk(tmp_path):
+  """A file system of 2 MB: too small before training starts, or filled while it runs."""
+  script = 'mount -t tmpfs -o size=2m none "$0" && exec "$@"'
+  prefix = ('unshare', '-rm', 'sh', '-c', script, str(tmp_path))
+  try:
+    subprocess.run((*prefix, 'true'), check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip('needs `unshare -rm` and tmpfs')
+  out = finish(start(tmp_path / 'run', '--steps', 12, '--size', 300_000, prefix=prefix))
+  assert 'MB free, but the checkpoints of this run need' in out, out
+  # Checkpoints of 0.4 MB fit three times until somebody else fills the disk.
+  fill = f'(sleep 3; head -c 1200000 /dev/urandom > "{tmp_path}/other") & '
+  prefix = (*prefix[:4], script.replace('exec', fill + 'exec'), str(tmp_path))
+  args = ('--steps', 400, '--delay', 0.03, '--size', 80_000)
+  out = finish(start(tmp_path / 'run', *args, prefix=prefix))
+  assert 'CheckpointError' in out and 'the disk is full' in out and 'is untouched' in out, out

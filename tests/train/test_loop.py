@@ -1,0 +1,239 @@
+import json
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from fqjax.train import CheckpointError, NonFiniteError, fit, make_mesh, read_json_lines
+from tests.train import toy
+
+TIMING = ('images_per_second', 'seconds', 'memory_bytes', 'compiles')
+
+
+def train(workdir, total=12, *, loader=None, mesh=None, setup=None, **options):
+  mesh = mesh or make_mesh(1)
+  state, step = setup or toy.setup(mesh)
+  options = dict(log_every=3, checkpoint_every=4, progress=False, mesh=mesh) | options
+  return fit(state, step, loader or toy.Loader(), workdir=workdir, total_steps=total, **options)
+
+
+def numbers(history):
+  return [{k: v for k, v in r.items() if k not in TIMING} for r in history]
+
+
+def events(folder):
+  """Scalars of all event files: {(tag, step): value}, and the purge marks, without TensorBoard."""
+  points, purges = {}, []
+  for file in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime):
+    data = file.read_bytes()
+    while data:
+      size = int.from_bytes(data[:8], 'little')
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      data = data[12 + size + 4 :]
+      if event.HasField('session_log'):
+        purges.append(event.step)
+      for value in event.summary.value:
+        points[value.tag, event.step] = value.simple_value
+  return points, purges
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  return workdir, train(workdir)
+
+
+def test_run_writes_what_it_says(uninterrupted, capsys):
+  workdir, result = uninterrupted
+  assert int(result.state.step) == 12
+  assert read_json_lines(workdir / 'metrics.jsonl') == result.history
+  # Reports every 3 steps and at the checkpoints of steps 4, 8, 12.
+  assert [r['step'] for r in result.history] == [3, 4, 6, 8, 9, 12]
+  assert [r['images'] for r in result.history] == [16 * s for s in (3, 4, 6, 8, 9, 12)]
+  assert all(r['recompiles'] == 0 and r['memory_bytes'] > 1e6 for r in result.history)
+  points, purges = events(workdir / 'tb')
+  assert not purges
+  for record in result.history:
+    np.testing.assert_allclose(points['loss', record['step']], record['loss'], rtol=1e-6)
+  # Oracle for the means: the losses of the steps themselves.
+  state, step = toy.setup(make_mesh(1))
+  losses = []
+  for i in range(6):
+    state, metrics = step(state, toy.make_batch(i))
+    losses.append(float(metrics['loss']))
+  np.testing.assert_allclose(result.history[0]['loss'], np.mean(losses[:3]), rtol=1e-6)
+  np.testing.assert_allclose(result.history[2]['loss'], np.mean(losses[4:6]), rtol=1e-6)
+
+
+def test_resumed_run_is_bit_identical(uninterrupted, tmp_path, capsys):
+  _, whole = uninterrupted
+  train(tmp_path, 8)
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:  # what a run killed after step 8 leaves
+    f.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
+  result = train(tmp_path, 12)
+  assert 'Continuing from step 8 of 12' in capsys.readouterr().out
+  toy.assert_identical(result.state, whole.state)
+  assert numbers(result.history) == numbers(whole.history)
+  assert numbers(read_json_lines(tmp_path / 'metrics.jsonl')) == numbers(whole.history)
+  points, purges = events(tmp_path / 'tb')
+  assert purges == [9]
+  assert {s for _, s in points} == {3, 4, 6, 8, 9, 12}
+  again = train(tmp_path, 12)  # nothing left to do
+  toy.assert_identical(again.state, whole.state)
+  assert again.history == result.history
+
+
+def test_resume_on_other_number_of_devices(uninterrupted, tmp_path):
+  _, whole = uninterrupted
+  train(tmp_path, 8, mesh=make_mesh(8))
+  result = train(tmp_path, 12, mesh=make_mesh(2))
+  for name, x in toy.leaves(result.state).items():
+    np.testing.assert_allclose(x, toy.leaves(whole.state)[name], rtol=1e-3, atol=1e-5)
+  assert [r['step'] for r in result.history] == [r['step'] for r in whole.history]
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(uninterrupted, tmp_path, capsys, number):
+  _, whole = uninterrupted
+  mesh = make_mesh(1)
+  state, step = toy.setup(mesh)
+
+  def signalled(state, batch):
+    if int(state.step) == 4:
+      os.kill(os.getpid(), number)
+    return step(state, batch)
+
+  before = signal.getsignal(number)
+  with pytest.raises((SystemExit, KeyboardInterrupt)) as e:
+    train(tmp_path, setup=(state, signalled))
+  assert signal.getsignal(number) is before
+  if number == signal.SIGTERM:
+    assert e.value.code == 143
+  else:
+    assert e.type is KeyboardInterrupt
+  name = signal.Signals(number).name
+  assert f'{name} received at step 5: checkpoint saved' in capsys.readouterr().out
+  assert (tmp_path / 'checkpoints' / '5' / 'fqjax.json').is_file()
+  toy.assert_identical(train(tmp_path).state, whole.state)
+
+
+def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path):
+  with pytest.raises(NonFiniteError) as e:
+    train(tmp_path, 20, loader=toy.Loader(bad_step=7))
+  assert 'the loss is nan at step 7 (found in the report of steps 7 to 8)' in str(e.value)
+  assert 'The last good checkpoint is step 4' in str(e.value)
+  assert os.listdir(tmp_path / 'checkpoints') == ['4']
+  assert all(np.isfinite(r['loss']) for r in read_json_lines(tmp_path / 'metrics.jsonl'))
+  # One report late: the nan of step 7 is in the interval 7..9, looked at while 10..12 run.
+  with pytest.raises(NonFiniteError, match=r'step 7 \(found in the report of steps 7 to 9\)'):
+    train(tmp_path / 'late', 20, loader=toy.Loader(bad_step=7), checkpoint_every=20)
+
+
+def test_finite_loss_with_broken_parameters_is_not_saved(tmp_path):
+  mesh = make_mesh(1)
+  state, step = toy.setup(mesh)
+
+  def breaks(state, batch):
+    state, metrics = step(state, batch)
+    # Only the last update of an interval: its loss was computed before.
+    bad = jnp.where(state.step == 8, jnp.nan, 1.0)
+    kernel = state.params['dense2']['kernel'] * bad
+    return state._replace(
+      params=state.params | {'dense2': {'kernel': kernel, 'bias': kernel[0]}}
+    ), metrics
+
+  with pytest.raises(NonFiniteError, match='not finite after step 8') as e:
+    train(tmp_path, setup=(state, breaks))
+  assert 'last good checkpoint is step 4' in str(e.value)
+  assert os.listdir(tmp_path / 'checkpoints') == ['4']
+  bad = toy.setup(mesh)[0]
+  bad.params['dense2']['bias'] = bad.params['dense2']['bias'] + jnp.nan
+  with pytest.raises(NonFiniteError, match='after step 0.*There is no checkpoint yet'):
+    train(tmp_path / 'new', setup=(bad, step))
+
+
+def test_a_second_compilation_is_reported(tmp_path, capsys):
+  class Growing(toy.Loader):
+    def __iter__(self):
+      return iter([toy.make_batch(i, 8 if i < 2 else 16) for i in range(4)])
+
+  result = train(tmp_path, 4, loader=Growing())
+  out = capsys.readouterr().out
+  assert 'Warning: step 3 compiled 1 more programs' in out and out.count('Warning') == 1
+  assert result.history[-1]['recompiles'] == 1
+
+
+def test_evaluators_and_own_writers(tmp_path, capsys):
+  class Memory:
+    def __init__(self):
+      self.calls, self.resumed, self.closed = [], None, False
+
+    def resume(self, step):
+      self.resumed = step
+
+    def write(self, step, scalars):
+      self.calls.append((step, dict(scalars)))
+
+    def flush(self):
+      pass
+
+    def close(self):
+      self.closed = True
+
+  memory = Memory()
+  seen = []
+
+  def evaluator(state):
+    seen.append(int(state.step))
+    return {'test/norm': jnp.sum(state.params['dense1']['kernel'] ** 2), 'test/nan': np.nan}
+
+  result = train(tmp_path, 7, evaluators=[evaluator], eval_every=3, writers=[memory])
+  assert seen == [3, 6, 7]
+  assert memory.resumed == 0 and memory.closed
+  assert [s for s, r in memory.calls if 'test/norm' in r] == [3, 6, 7]
+  assert [r['step'] for r in result.history if 'test/norm' in r] == [3, 6, 7]
+  assert not (tmp_path / 'metrics.jsonl').exists()
+  out = capsys.readouterr().out
+  assert 'eval' in out and 'test/norm' in out and 'images/s' in out and 'eta' in out
+
+
+def test_progress_bar_and_profile(tmp_path, capsys):
+  train(tmp_path, 4, progress=True, profile=(2, 3))
+  captured = capsys.readouterr()
+  assert '4/4' in captured.err and 'loss=' in captured.err
+  assert captured.out == ''
+  assert any((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_settings_that_make_no_sense(tmp_path):
+  with pytest.raises(ValueError, match='the loader ended after 2 of 5 steps'):
+    train(tmp_path, 5, loader=[toy.make_batch(0), toy.make_batch(1)])
+  with pytest.raises(ValueError, match='fit counts log_every in steps'):
+    train(tmp_path, 5, log_every=0)
+  with pytest.raises(ValueError, match='profile='):
+    train(tmp_path, 5, profile=(3, 2))
+  state, _ = toy.setup(make_mesh(1))
+  with pytest.raises(ValueError, match="need a 'loss'"):
+    train(tmp_path / 'a', 5, setup=(state, lambda state, batch: (state, {})))
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError, match='cannot write to the workdir'):
+    train(tmp_path / 'file' / 'run')
+
+
+def test_failed_save_is_reported_by_the_loop(tmp_path, monkeypatch):
+  """Something takes the checkpoint folder away while training."""
+  mesh = make_mesh(1)
+  state, step = toy.setup(mesh)
+
+  def interrupted(state, batch):
+    if int(state.step) == 6:
+      (tmp_path / 'checkpoints' / '8').mkdir()  # not ours: orbax refuses to overwrite
+    return step(state, batch)
+
+  with pytest.raises(CheckpointError, match='step 8 could not be written.*step 4 is untouched'):
+    train(tmp_path, setup=(state, interrupted))
+  assert json.loads((tmp_path / 'checkpoints' / '4' / 'fqjax.json').read_text())['step'] == 4
+  assert train(tmp_path).state.step == 12
