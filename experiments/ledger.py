@@ -543,7 +543,11 @@ def check_command(text: str) -> str | None:
   except (Exception, SystemExit) as error:
     text = said.getvalue() if isinstance(error, SystemExit) else str(error)
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    kind = type(error).__name__
+    if not lines:
+      return kind
+    # A KeyError says no more than the name it missed.
+    return f'{kind}: {lines[-1]}' if isinstance(error, LookupError) else lines[-1].strip()
   return None
 
 

@@ -107,8 +107,6 @@ def write_tfds(
         filename_template=template,
       )
     )
-  class _Identity(tfds.core.DatasetIdentity):
-    pass
 
   info = tfds.core.DatasetInfo(
     builder=tfds.core.DatasetIdentity(

@@ -1,5 +1,9 @@
 """Labelled images from disk to device: sources, preparation, host transforms, loader."""
 
+from fqjax.data._device import InputSpec as InputSpec
+from fqjax.data._device import estimate_statistics as estimate_statistics
+from fqjax.data._device import preprocess as preprocess
+from fqjax.data._device import spec_with_statistics as spec_with_statistics
 from fqjax.data._images import CorruptImageError as CorruptImageError
 from fqjax.data._images import decode_image as decode_image
 from fqjax.data._images import encode_jpeg as encode_jpeg
@@ -24,7 +28,34 @@ from fqjax.data._transforms import random_flip as random_flip
 from fqjax.data._transforms import random_resized_crop as random_resized_crop
 from fqjax.data._transforms import resize as resize
 from fqjax.data._transforms import resize_crop as resize_crop
-from fqjax.data._device import InputSpec as InputSpec
-from fqjax.data._device import estimate_statistics as estimate_statistics
-from fqjax.data._device import preprocess as preprocess
-from fqjax.data._device import spec_with_statistics as spec_with_statistics
+
+__all__ = [
+  'ArraySource',
+  'CachedSource',
+  'Corrupt',
+  'CorruptImageError',
+  'FolderSource',
+  'InputSpec',
+  'Loader',
+  'LoaderIterator',
+  'Prefetcher',
+  'RecordSource',
+  'Source',
+  'TfdsSource',
+  'ZipSource',
+  'center_crop',
+  'chain',
+  'crop_box',
+  'decode_image',
+  'encode_jpeg',
+  'estimate_statistics',
+  'load_source',
+  'pad_crop',
+  'prefetch_to_device',
+  'preprocess',
+  'random_flip',
+  'random_resized_crop',
+  'resize',
+  'resize_crop',
+  'spec_with_statistics',
+]

@@ -32,7 +32,7 @@ class InputSpec:
     rounding: round as a JPEG codec does.
     mean: subtracted per output channel; grey levels or coefficient units. None is 0.
     std: divided by, after the mean. None is 1.
-    flip: in training, mirror every other image at random.
+    flip: in training, mirror each image with probability 1/2.
     crop_blocks: side of the crop in blocks: at a random place in training (a block for coefficients,
       any pixel for 'rgb'), central otherwise. None takes everything.
 

@@ -19,8 +19,7 @@ ENVIRONMENT = 'FQJAX_DATA_DIR'
 _CIFAR10 = (
   'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
 )  # fmt: skip
-_CIFAR100 = (
-  """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
   butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
   crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
   lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
@@ -28,7 +27,6 @@ _CIFAR100 = (
   possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
   spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
   train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
-)
 
 
 def load_source(name: str, split: str = 'train', **options: Any) -> Source:

@@ -114,9 +114,9 @@ def photo_patches(
   per_class = per_class or (320 if split == 'train' else 80)
   data, labels = [], []
   for label, photo in enumerate(_photographs()):
-    top, left = corners(*photo.shape[:2], split)
+    top, left = corners(photo.shape[0], photo.shape[1], split)
     # A hash in place of a random generator: the same patches with every version of NumPy.
-    words = np.random.Philox(key=[label, split == 'test']).random_raw(len(top))  # type: ignore[call-arg]
+    words = np.random.Philox(key=[label, int(split == 'test')]).random_raw(len(top))
     found = 0
     for i in np.argsort(words):
       patch = photo[top[i] : top[i] + SIZE, left[i] : left[i] + SIZE]

@@ -274,7 +274,7 @@ class TfdsSource(Source):
     where = pathlib.Path(data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
     copy = shlex.quote(f'{where}_array_record')
     try:
-      builder = tfds.builder(name, data_dir=None if data_dir is None else str(where))
+      builder: Any = tfds.builder(name, data_dir=None if data_dir is None else str(where))
     except (tfds.core.DatasetNotFoundError, FileNotFoundError) as e:
       raise FileNotFoundError(
         f'tfds:{name} is neither a TFDS set nor prepared in {where}. The names are on '
@@ -323,7 +323,7 @@ class TfdsSource(Source):
   def read(self, index: int) -> Example:
     try:
       example = self._source[index]
-    except (RuntimeError, OSError, ValueError) as e:
+    except Exception as e:  # of the record reader and of protobuf, which have no common type
       raise _images.CorruptImageError(f'{self.name}[{index}]', str(e).split('\n')[0]) from e
     file_name = example.get('file_name', b'')
     file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)

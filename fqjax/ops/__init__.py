@@ -37,10 +37,37 @@ from fqjax.ops._jpeg import rgb_to_ycbcr as rgb_to_ycbcr
 from fqjax.ops._jpeg import subsample_chroma as subsample_chroma
 from fqjax.ops._jpeg import upsample_chroma as upsample_chroma
 from fqjax.ops._jpeg import ycbcr_to_rgb as ycbcr_to_rgb
+from fqjax.ops._wavelet_banks import Wavelet as Wavelet
+from fqjax.ops._wavelet_banks import analysis_matrix as analysis_matrix
+from fqjax.ops._wavelet_banks import dwt_coeff_len as dwt_coeff_len
+from fqjax.ops._wavelet_banks import dwt_max_level as dwt_max_level
+from fqjax.ops._wavelet_banks import dwtn_max_level as dwtn_max_level
+from fqjax.ops._wavelet_banks import synthesis_matrix as synthesis_matrix
+from fqjax.ops._wavelet_banks import wavelist as wavelist
+from fqjax.ops._wavelet_packets import wavelet_packet_dec2 as wavelet_packet_dec2
+from fqjax.ops._wavelet_packets import wavelet_packet_grid as wavelet_packet_grid
+from fqjax.ops._wavelet_packets import wavelet_packet_rec2 as wavelet_packet_rec2
+from fqjax.ops._wavelets import array_to_coeffs as array_to_coeffs
+from fqjax.ops._wavelets import coeffs_to_array as coeffs_to_array
+from fqjax.ops._wavelets import dwt as dwt
+from fqjax.ops._wavelets import dwt2 as dwt2
+from fqjax.ops._wavelets import dwtn as dwtn
+from fqjax.ops._wavelets import idwt as idwt
+from fqjax.ops._wavelets import idwt2 as idwt2
+from fqjax.ops._wavelets import idwtn as idwtn
+from fqjax.ops._wavelets import wavedec as wavedec
+from fqjax.ops._wavelets import wavedec2 as wavedec2
+from fqjax.ops._wavelets import wavedecn as wavedecn
+from fqjax.ops._wavelets import waverec as waverec
+from fqjax.ops._wavelets import waverec2 as waverec2
+from fqjax.ops._wavelets import waverecn as waverecn
 
 __all__ = [
   'ChannelStatistics',
   'CoefficientStatistics',
+  'Wavelet',
+  'analysis_matrix',
+  'array_to_coeffs',
   'block_dct',
   'block_flip_left_right',
   'block_flip_up_down',
@@ -53,12 +80,22 @@ __all__ = [
   'channel_subset',
   'chroma_filter',
   'coefficients_to_rgb',
+  'coeffs_to_array',
   'dct',
   'dctn',
+  'dwt',
+  'dwt2',
+  'dwt_coeff_len',
+  'dwt_max_level',
+  'dwtn',
+  'dwtn_max_level',
   'finalize_statistics',
   'from_zigzag',
   'idct',
   'idctn',
+  'idwt',
+  'idwt2',
+  'idwtn',
   'init_statistics',
   'list_channel_subsets',
   'merge_statistics',
@@ -69,9 +106,20 @@ __all__ = [
   'rgb_to_ycbcr',
   'select_channels',
   'subsample_chroma',
+  'synthesis_matrix',
   'to_zigzag',
   'update_statistics',
   'upsample_chroma',
+  'wavedec',
+  'wavedec2',
+  'wavedecn',
+  'wavelet_packet_dec2',
+  'wavelet_packet_grid',
+  'wavelet_packet_rec2',
+  'wavelist',
+  'waverec',
+  'waverec2',
+  'waverecn',
   'within_image_std',
   'ycbcr_to_rgb',
   'zigzag',

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fqjax.ops import _wavelet_banks as banks, _wavelets
+from fqjax.ops import _wavelet_banks as banks
+from fqjax.ops import _wavelets
 
 _LETTERS = {'a': 'aa', 'h': 'da', 'v': 'ad', 'd': 'dd'}
 
@@ -160,6 +161,7 @@ def _recompose(bands, axes, wavelets, modes, shape):
     for parent in sorted(parents):
       parts = {key: bands.pop(parent + letter, None) for letter, key in _LETTERS.items()}
       whole = _wavelets.merge(parts, axes, wavelets, modes)
+      assert whole is not None  # the parent came from one of its parts
       if shape:
         whole = _wavelets.crop(whole, axes, shapes[depth - 1])
       bands[parent] = whole

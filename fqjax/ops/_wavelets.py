@@ -101,7 +101,7 @@ def _analyse_phases(x, axis, count, filters):
   terms = [phases[j % 2][..., (j // 2) * inner : (j // 2 + count) * inner] for j in range(size)]
   results = [_weighted_sum(taps, terms) for taps in filters]
   shape = (*lead, count, *x.shape[axis + 1 :])
-  return tuple(r.reshape(shape) for r in results)
+  return results[0].reshape(shape), results[1].reshape(shape)
 
 
 def _synthesise(approximation, detail, axis: int, wavelet: banks.Wavelet, mode: str) -> jax.Array:
@@ -729,8 +729,8 @@ def coeffs_to_array(coeffs: Sequence, padding: float | None = 0, axes=None):
     for key, band in details.items():
       place = [slice(None)] * ndim
       for axis, letter in zip(axes, key, strict=True):
-        begin = corner[axis] if letter == 'd' else 0
-        place[axis] = slice(begin, begin + band.shape[axis])
+        n = band.shape[axis]
+        place[axis] = slice(n) if letter == 'a' else slice(corner[axis], corner[axis] + n)
       slices[-1][key] = tuple(place)
     for axis in axes:
       corner[axis] += size[axis]

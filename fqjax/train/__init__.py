@@ -23,10 +23,51 @@ from fqjax.train.metrics import Writer as Writer
 from fqjax.train.metrics import compile_count as compile_count
 from fqjax.train.metrics import memory_bytes as memory_bytes
 from fqjax.train.metrics import read_json_lines as read_json_lines
+from fqjax.train.report import Sample as Sample
+from fqjax.train.report import Table as Table
+from fqjax.train.report import write_report as write_report
 from fqjax.train.state import Averages as Averages
 from fqjax.train.state import TrainState as TrainState
 from fqjax.train.state import create_state as create_state
 from fqjax.train.state import decay_mask as decay_mask
+from fqjax.train.step import TrainStep as TrainStep
 from fqjax.train.step import evaluate as evaluate
 from fqjax.train.step import make_eval_step as make_eval_step
 from fqjax.train.step import make_train_step as make_train_step
+
+__all__ = [
+  'Averages',
+  'CheckpointError',
+  'Checkpoints',
+  'FitResult',
+  'JsonLines',
+  'NonFiniteError',
+  'Restored',
+  'Sample',
+  'Table',
+  'TensorBoard',
+  'TrainState',
+  'TrainStep',
+  'Writer',
+  'batch_sharding',
+  'check_workdir',
+  'compile_count',
+  'create_state',
+  'decay_mask',
+  'enable_compile_cache',
+  'evaluate',
+  'fit',
+  'initialize_distributed',
+  'is_main',
+  'make_eval_step',
+  'make_mesh',
+  'make_train_step',
+  'memory_bytes',
+  'read_json_lines',
+  'replicate',
+  'replicated_sharding',
+  'shard_batch',
+  'state_bytes',
+  'synchronize',
+  'write_report',
+]

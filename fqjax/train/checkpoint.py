@@ -262,13 +262,15 @@ class Checkpoints:
       words in text for words in ('No space left', 'quota exceeded', 'File too large')
     )
     steps = self.steps()
-    kept = (
-      f'The checkpoint of step {steps[-1]} is untouched' if steps else 'There is none before it'
-    )
-    reason = 'the disk is full' if full else f'{type(error).__name__}: {text[:500]}'
+    kept = f'The one of step {steps[-1]} is untouched' if steps else 'There is none before it'
+    reason = f'{type(error).__name__}: {text[:500]}'
+    advice = ''
+    if full:
+      reason = 'the disk is full, or a quota reached'
+      advice = ' Free some space and start the same command again.'
     return CheckpointError(
-      f'the checkpoint of step {self._saving} could not be written to {self.root}: {reason}. {kept}.'
-      + (' Free some space and start the same command again; it continues there.' if full else '')
+      f'the checkpoint of step {self._saving} could not be written to {self.root}: {reason}.'
+      f' {kept}.{advice}'
     )
 
 

@@ -165,6 +165,8 @@ def fit(
     checkpoints.wait()
   finally:
     run.end_trace()
+    if hasattr(batches, 'close'):
+      batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     log.close()
     checkpoints.close()
   synchronize('fqjax.train.fit: end')

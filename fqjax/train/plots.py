@@ -143,10 +143,9 @@ def _mosaic(coefficients: np.ndarray) -> np.ndarray:
   rows, columns, channels = coefficients.shape
   size = round(channels**0.5)
   gap = 1 + max(rows, columns) // 32
-  # Of maps that are zero almost everywhere the largest value serves.
-  usual = np.percentile(np.abs(coefficients), 98, axis=(0, 1))
-  scale = np.where(usual > 0, usual, np.abs(coefficients).max((0, 1)))
-  scaled = np.clip(coefficients / np.where(scale > 0, scale, 1.0), -1.0, 1.0)
+  # No map is stretched until the rounding of its pixels fills it: that stays below 1.
+  scale = np.maximum(np.percentile(np.abs(coefficients), 98, axis=(0, 1)), 1.0)
+  scaled = np.clip(coefficients / scale, -1.0, 1.0)
   out = np.ones((size * (rows + gap) - gap, size * (columns + gap) - gap))
   for c in range(channels):
     y, x = (c // size) * (rows + gap), (c % size) * (columns + gap)

@@ -19,7 +19,9 @@ def encoded(image, format, **options):
 
 def test_decodes_what_pillow_decodes():
   data = jpeg(PHOTO)
-  np.testing.assert_array_equal(_images.decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
+  np.testing.assert_array_equal(
+    _images.decode_image(data), np.asarray(Image.open(io.BytesIO(data)))
+  )
   np.testing.assert_array_equal(_images.decode_image(encoded(PHOTO, 'PNG')), PHOTO)
 
 

@@ -123,9 +123,7 @@ def test_processes_share_one_sequence(processes):
   for options in ({'repeat': False}, {'transform': AUGMENT}):
     whole = batches(loader(Encoded(damaged=[4]), **options), 7)
     parts = [
-      batches(
-        loader(Encoded(damaged=[4]), process_index=p, process_count=processes, **options), 7
-      )
+      batches(loader(Encoded(damaged=[4]), process_index=p, process_count=processes, **options), 7)
       for p in range(processes)
     ]
     joined = [
@@ -198,9 +196,7 @@ def test_resuming_far_into_a_run_takes_no_time():
   batch = next(it)
   it.close()
   first = 6 * 10**6
-  want = [
-    _loader.epoch_order(0, (first + i) // N, N)[(first + i) % N] for i in range(6)
-  ]
+  want = [_loader.epoch_order(0, (first + i) // N, N)[(first + i) % N] for i in range(6)]
   assert batch['index'].tolist() == want
 
 

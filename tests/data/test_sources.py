@@ -87,9 +87,7 @@ def test_folder(tmp_path):
     check(source, 6, 2)
     assert source.class_names == ('ant', 'bee')
     assert [source.read(i)['label'] for i in range(6)] == [0, 0, 0, 1, 1, 1]
-    np.testing.assert_array_equal(
-      source[4]['image'], data.decode_image(jpeg(photograph(1, 1)))
-    )
+    np.testing.assert_array_equal(source[4]['image'], data.decode_image(jpeg(photograph(1, 1))))
     assert source.read(4)['name'] == str(root / 'bee' / '1.JPEG')
 
 
@@ -134,7 +132,9 @@ def test_zip(tmp_path):
     data.ZipSource(path, 'train', class_names=['cat'])
 
 
-@pytest.mark.parametrize('member', ['../cat/x.jpg', '/cat/x.jpg', 'cat/../../x.jpg', 'c:/cat/x.jpg'])
+@pytest.mark.parametrize(
+  'member', ['../cat/x.jpg', '/cat/x.jpg', 'cat/../../x.jpg', 'c:/cat/x.jpg']
+)
 def test_zip_members_stay_inside(tmp_path, member):
   path = make_zip(tmp_path / 'x.zip', {'cat/0.jpg': b'', member: b''})
   with pytest.raises(ValueError, match='outside of it'):
@@ -196,9 +196,7 @@ def test_tfds_in_imagenets_own_format(tmp_path):
   assert source.class_names[0] == 'n01440764'
   assert source.read(2)['name'].endswith('validation_0002.JPEG')
   assert isinstance(source.read(2)['image'], bytes)  # decoding is left to the loader's workers
-  np.testing.assert_array_equal(
-    source[2]['image'], data.decode_image(jpeg(photograph(10_002, 2)))
-  )
+  np.testing.assert_array_equal(source[2]['image'], data.decode_image(jpeg(photograph(10_002, 2))))
   assert len(data.load_source('tfds:imagenet2012', 'train[:40%]', data_dir=tmp_path)) == 2
   with pytest.raises(ValueError, match=r"no split 'test'; it has train, validation"):
     data.load_source('tfds:imagenet2012', 'test', data_dir=tmp_path)
@@ -241,7 +239,9 @@ def test_tensorflow_is_not_needed():
   assert 'tensorflow' not in sys.modules
 
 
-@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples'])
+@pytest.mark.parametrize(
+  'name', ['mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples']
+)
 def test_missing_set_says_where_it_looked_and_how_to_get_it(name, tmp_path, monkeypatch):
   monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path))
   with pytest.raises(FileNotFoundError, match=f'looked in: {tmp_path}/{name}/') as e:

@@ -1,6 +1,7 @@
 """The ledger: rows, the file under several writers and after a kill, commands, tables."""
 
 import dataclasses
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -190,6 +191,31 @@ def test_two_writers_lose_nothing(path):
   assert all(
     len({row.run.rsplit('/', 1)[0] for row in rows[i : i + 3]}) == 1 for i in range(0, 600, 3)
   )
+
+
+def test_a_writer_waits_for_the_one_before(path):
+  ledger.append([make()], path)
+  before = path.read_bytes()
+  code = """
+    import sys
+    from experiments import ledger
+    row = ledger.Row('a/b/c/d', 'top1', 1.0)
+    print('ready', flush=True)
+    ledger.append([row], sys.argv[1])
+  """
+  with open(path, 'rb') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    proc = subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(code), path], cwd=ledger.ROOT, stdout=subprocess.PIPE
+    )
+    assert proc.stdout.readline() == b'ready\n'
+    with pytest.raises(subprocess.TimeoutExpired):
+      proc.wait(timeout=0.5)
+    assert path.read_bytes() == before
+    fcntl.flock(file, fcntl.LOCK_UN)
+  assert proc.wait(timeout=60) == 0
+  proc.stdout.close()
+  assert len(ledger.read(path)[0]) == 2
 
 
 def test_a_line_cut_anywhere_is_reported_and_never_taken_for_whole(path):

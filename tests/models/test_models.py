@@ -1,3 +1,4 @@
+import functools
 import re
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from fqjax.models import create_model, list_models
+from fqjax.models._resnet import CifarResNet, ResNet
 from fqjax.tracing import summary
 
 FAMILIES = {
@@ -33,6 +35,21 @@ def shapes_of(model, *shape):
     keys = [key.key for key in path if hasattr(key, 'key')]
     outputs['/'.join(keys[:-1])] = leaf.shape
   return variables, outputs, logits
+
+
+def random_variables(model, *shape, seed=0):
+  """Plausible values in place of `init`, whose compilation takes longer than most tests."""
+  rng = np.random.default_rng(seed)
+  template = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name in ('scale', 'var'):
+      return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+    fan_in = int(np.prod(leaf.shape[:-1])) if name == 'kernel' else 25
+    return jnp.asarray(rng.normal(size=leaf.shape) * np.sqrt(2 / fan_in), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, template)
 
 
 def count(variables):
@@ -162,28 +179,37 @@ def test_mobilenet_dct():
     assert first['project']['kernel'].shape == (1, 1, kernel[-1], 16)
     assert outputs['features_1'] == (1, 112, 112, 16)
     assert outputs['features_18'] == (1, 7, 7, 1280)
-  # Channels that happen to equal the outputs are projected all the same, never added.
+
+
+def test_frequencies_are_never_added_to_features(strict_dtypes):
+  # 16 channels meet 16 outputs; the block without its projection gives zero, not its input.
   x = jnp.ones((1, 8, 8, 16))
   model = create_model('mobilenet_v2_dct', channels=16, num_classes=2)
-  variables = jax.jit(model.init)(jax.random.key(0), x)
-  variables['params']['features_1']['project_bn']['scale'] *= 0
-  apply = lambda v, x: model.apply(v, x, capture_intermediates=True, mutable=['intermediates'])
-  outputs = jax.jit(apply)(variables, x)[1]['intermediates']
-  assert not outputs['features_1']['__call__'][0].any()
+  variables = random_variables(model, *x.shape)
+  for name in ('scale', 'bias'):
+    variables['params']['features_1']['project_bn'][name] *= 0
+  variables['batch_stats']['features_1']['project_bn']['mean'] *= 0
+
+  @jax.jit
+  def first(variables):
+    options = dict(capture_intermediates=True, mutable=['intermediates'])
+    return model.apply(variables, x, **options)[1]['intermediates']['features_1']['__call__'][0]
+
+  assert not first(variables).any()
 
 
-def test_mobilenet_width():
-  # Parameters of the published widths (Keras applications, 1,000 classes).
-  for width, params in (
-    (0.35, 1_676_136 - 0),
-    (0.5, 1_968_680),
-    (0.75, 2_636_488),
-    (1.4, 6_108_776),
-  ):
-    variables, _, _ = shapes_of(create_model('mobilenet_v2', width=width), 1, 32, 32, 3)
-    published_with_moments = {0.35: 1_676_136}.get(width)
-    del published_with_moments
-    assert abs(count(variables) / params - 1) < 0.02, (width, count(variables))
+@pytest.mark.parametrize(
+  ('width', 'macs', 'params'),
+  [(0.35, 59, 1.66), (0.5, 97, 1.95), (0.75, 209, 2.61), (1.0, 300, 3.47), (1.4, 582, 6.06)],
+)
+def test_mobilenet_widths_as_published(width, macs, params):
+  # The table of TensorFlow-slim, which counts kernels and classifier but no batch norm.
+  x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  model = create_model('mobilenet_v2', width=width, convention='tf')
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  norms = sum(leaf.size for leaf in jax.tree.leaves(variables['batch_stats']))
+  assert round((count(variables) - norms) / 1e6, 2) == params
+  assert abs(summary(model.apply, variables, x).macs / 1e6 - macs) <= 1
 
 
 def test_cifar_entries():
@@ -221,10 +247,12 @@ def test_patchify_with_dct_kernels_is_the_dct_network(x64):
   maps = (matrix @ blocks @ matrix.T).reshape(2, 4, 4, 16)[..., keep]
 
   options = dict(channels=4, dtype=jnp.float64)
-  patchify, dct = (create_model(f'cifar_resnet20_{k}', **options) for k in ('patchify', 'dct'))
-  variables = jax.jit(patchify.init)(jax.random.key(0), x)
+  patchify, dct = (small_net(entry, **options) for entry in ('patchify', 'dct'))
+  variables = random_variables(patchify, *x.shape)
   variables['params']['conv1']['kernel'] = kernel
-  variables['batch_stats']['bn1']['var'] -= 1e-5
+  # A batch norm that changes nothing stands for the normalisation of the DCT maps.
+  variables['params']['bn1'] = {'scale': jnp.ones(4), 'bias': jnp.zeros(4)}
+  variables['batch_stats']['bn1'] = {'mean': jnp.zeros(4), 'var': jnp.full(4, 1 - 1e-5)}
   inner = {
     k: {n: m for n, m in v.items() if n not in ('conv1', 'bn1')} for k, v in variables.items()
   }
@@ -262,15 +290,16 @@ def test_bfloat16_policy(name):
   assert set(by_name['rsqrt']) == set(by_name['dot_general']) == {jnp.dtype(jnp.float32)}
 
 
-def small_net(**options):
-  options = dict(channels=6, gate=True) | options
-  return create_model('cifar_resnet20_dct', width=0.5, **options)
+def small_net(entry='dct', **options):
+  """One block per stage: every kind of layer, a third of the compilation."""
+  options = dict(entry=entry, blocks=1, channels=6, block=4, num_classes=3) | options
+  return CifarResNet(**options)
 
 
 def test_training_step_moves_weights_gate_and_statistics(strict_dtypes):
-  model = small_net(zero_init_residual=False)
+  model = small_net(gate=True)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 6)), jnp.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), x)
+  variables = random_variables(model, *x.shape)
 
   @jax.jit
   def step(variables, key):
@@ -299,7 +328,7 @@ def test_training_step_moves_weights_gate_and_statistics(strict_dtypes):
 def test_closed_channels_do_not_reach_the_network():
   model = small_net(gate='global')
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 6)), jnp.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), x)
+  variables = random_variables(model, *x.shape)
   variables['params']['gate']['logit_bias'] = jnp.array([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 4)
   apply = jax.jit(lambda v, x: model.apply(v, x, mutable=['gates']))
   logits, state = apply(variables, x)
@@ -308,29 +337,34 @@ def test_closed_channels_do_not_reach_the_network():
   assert (apply(variables, x.at[..., 2].add(9.0))[0] != logits).any()
 
 
-def test_zero_init_makes_residual_blocks_the_identity():
-  for name in ('resnet18', 'resnet50', 'cifar_resnet20'):
-    model = create_model(name, zero_init_residual=True)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
-    last = 'bn3' if name == 'resnet50' else 'bn2'
-    assert last in variables['params']['layer1_1']
-  variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 32, 32, 3)))
-  for path, leaf in jax.tree.leaves_with_path(variables['params']):
-    keys = [key.key for key in path]
-    if keys[-1] == 'scale':
-      assert (leaf == (0 if keys[-2] == 'bn2' else 1)).all()
+@pytest.mark.parametrize('bottleneck', [False, True])
+def test_zero_init_of_the_last_norm_of_every_block(bottleneck):
+  options = dict(entry='dct', stages=(2,), channels=3, num_classes=2, zero_init_residual=True)
+  model = ResNet(bottleneck=bottleneck, **options)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4, 4, 3)))['params']
+  last = 'bn3' if bottleneck else 'bn2'
+  scales = {
+    (path[0].key, path[1].key): leaf
+    for path, leaf in jax.tree.leaves_with_path(params)
+    if path[-1].key == 'scale'
+  }
+  assert len(scales) == (7 if bottleneck else 5)
+  for (_, name), scale in scales.items():
+    assert (scale == (0 if name == last else 1)).all(), name
 
 
 def test_grouped_norm_on_eight_devices_is_eight_separate_batches():
-  options = dict(channels=6, num_classes=3, width=0.5)
-  grouped = create_model('cifar_resnet20_dct', norm_groups=8, norm_momentum=0.5, **options)
-  single = create_model('cifar_resnet20_dct', norm_momentum=0.5, **options)
+  grouped, single = (small_net(norm_groups=groups, norm_momentum=0.5) for groups in (8, 1))
   x = np.random.default_rng(0).normal(size=(16, 8, 8, 6)).astype(np.float32)
-  variables = jax.jit(single.init)(jax.random.key(0), x[:1])
-  apply = lambda model: jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=['batch_stats']))
+  variables = random_variables(single, *x.shape)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def apply(model, variables, x):
+    return model.apply(variables, x, train=True, mutable=['batch_stats'])
+
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  logits, state = apply(grouped)(variables, jax.device_put(x, NamedSharding(mesh, P('data'))))
-  parts = [apply(single)(variables, part) for part in np.split(x, 8)]
+  logits, state = apply(grouped, variables, jax.device_put(x, NamedSharding(mesh, P('data'))))
+  parts = [apply(single, variables, part) for part in np.split(x, 8)]
   # Small batches amplify rounding: a channel of little variance is divided by it.
   np.testing.assert_allclose(logits, np.concatenate([p[0] for p in parts]), rtol=1e-3, atol=1e-3)
   # Running statistics: the mean over the groups.

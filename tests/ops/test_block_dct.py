@@ -81,6 +81,11 @@ def test_horizontal_ramp_is_in_the_first_eight_channels():
   np.testing.assert_allclose(c[..., 8:], 0, atol=1e-4)
 
 
+def test_cropping_blocks_is_slicing():
+  x = _image(32, 24, 1).astype(np.float32)
+  np.testing.assert_allclose(ops.block_dct(x[8:24, 16:]), ops.block_dct(x)[1:3, 2:], **F32)
+
+
 def test_energy_is_kept(x64, strict_dtypes):
   x = _image(16, 24, 3)
   np.testing.assert_allclose(jnp.sum(ops.block_dct(x) ** 2), np.sum(x**2), rtol=1e-13)

@@ -54,6 +54,8 @@ def main():
       import resource
       import signal
 
+      while not any(args.workdir.glob('checkpoints/*/fqjax.json')):
+        time.sleep(0.01)  # the checkpoint before it is still being written
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with EFBIG, as on a full disk
       resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_limit, args.file_limit))
     time.sleep(args.delay)

@@ -395,15 +395,20 @@ def test_heatmap_figure_shows_the_maps():
 
 
 def test_channel_panels_put_each_frequency_in_its_place(strict_dtypes):
-  # A horizontal cosine of frequency 3 lives in row 0, column 3 of the mosaic alone.
-  wave = 128 + 100 * np.cos(np.pi * (2 * np.arange(48) + 1) * 3 / 16)
+  # A horizontal cosine of frequency 3, stronger from block to block, lives in row 0, column 3 of
+  # the mosaic alone.
+  strength = np.repeat(np.arange(1.0, 7.0), 8)
+  wave = 128 + 20 * strength * np.cos(np.pi * (2 * np.arange(48) + 1) * 3 / 16)
   image = np.broadcast_to(wave[None, :, None], (40, 48, 3)).round().astype(np.uint8)
   figure = plots.channel_panels(image)
   mosaic = np.asarray(figure.axes[1].images[0].get_array())
   rows, columns = 5, 6
   assert mosaic.shape == (8 * rows + 7, 8 * columns + 7)
   tile = mosaic[0:rows, 3 * 7 : 3 * 7 + columns]
-  np.testing.assert_allclose(np.abs(tile), 1.0, atol=1e-3)
+  signs = (-1.0) ** np.arange(6)  # the wave ends each block upside down
+  expected = np.tile(signs * np.arange(1, 7) / 6, (rows, 1))
+  np.testing.assert_allclose(tile, expected, atol=0.01)
+  np.testing.assert_allclose(mosaic[3 * 6 : 3 * 6 + rows, 0:columns], 0.0, atol=1e-4)
   assert png(figure).std() > 10
   assert plots.channel_panels(image, component='Cr', mosaic=False).axes[1].get_title() == 'Cr'
   with pytest.raises(ValueError, match='holds no 8 x 8 block'):
