@@ -118,15 +118,16 @@ def table(model: str, per_device: int, results: list[tuple[int, dict, dict]]) ->
   lines = [
     f'`{model}`, {per_device} examples per device, float32, {parameters:.2f} MB of parameters:',
     '',
-    '| devices | collectives | MB per device | sent by each device (ring) | by all devices'
-    ' | MB per device, BN per device |',
-    '|---:|---:|---:|---:|---:|---:|',
+    '| devices | collectives | MB per device | sent by each (ring), MB | sent by all, MB'
+    ' | collectives, BN per device | MB, BN per device |',
+    '|---:|---:|---:|---:|---:|---:|---:|',
   ]
   for n, shared, grouped in results:
     size, per = (sum(r['bytes'].values()) / 1e6 for r in (shared, grouped))
     ring = 2 * (n - 1) / n * size
     lines.append(
-      f'| {n} | {shared["count"]} | {size:.3f} | {ring:.3f} | {ring * n:.1f} | {per:.3f} |'
+      f'| {n} | {shared["count"]} | {size:.3f} | {ring:.3f} | {ring * n:.1f}'
+      f' | {grouped["count"]} | {per:.3f} |'
     )
   return '\n'.join(lines)
 

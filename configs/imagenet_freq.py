@@ -61,8 +61,10 @@ def base() -> ml_collections.ConfigDict:
   data.batch_size = 256  # global
   data.eval_batch_size = 256
   data.workers = 16  # processes per host that decode and augment; 0 does it in this one
-  data.augment = 'random_resized_crop'  # or 'pad_crop', 'flip', 'none'
-  data.crop_rule = 'log_uniform'  # 'old': the published runs' aspect ratios
+  # In pixels on the host: 'random_resized_crop', 'pad_crop', 'flip', 'none'. 'device': mirrored and
+  # cropped on the device, DCT settings in coefficients, which is what stored coefficients need.
+  data.augment = 'random_resized_crop'
+  data.crop_rule = 'log_uniform'  # 'uniform': the published runs' aspect ratios
   data.min_area = 0.08
   data.rgb_mean = (0.485, 0.456, 0.406)  # of pixels in 0..1; what published RGB weights expect
   data.rgb_std = (0.229, 0.224, 0.225)
@@ -78,10 +80,11 @@ def base() -> ml_collections.ConfigDict:
   dct.chroma = 'filtered'  # 4:2:0 twice enlarged, as published; 'full' keeps chroma as it is
   dct.statistics = 'pooled'  # 'released' only to load released weights
   dct.statistics_images = 10_000  # of the training set
+  dct.crop_blocks = 0  # 'device' augmentation: side of the crop in blocks; 0 takes the whole map
 
   config.gate = gate = ml_collections.ConfigDict()
   # lambda of the paper's sum over channels; the public code's `ratio` is lambda * channels.
-  gate.penalty = 0.1 / 192
+  gate.penalty = 1.0 / 192
   gate.penalty_warmup = 0.1  # fraction of the steps over which the penalty grows from 0
 
   config.model = model = ml_collections.ConfigDict()
@@ -126,7 +129,7 @@ def base() -> ml_collections.ConfigDict:
 def resnet50() -> ml_collections.ConfigDict:
   """Xu et al. fine-tune the RGB network; schedule and batch are ours, equal for every setting."""
   config = base()
-  config.data.crop_rule = 'old'
+  config.data.crop_rule = 'uniform'
   config.reference = 76.792
   return config
 
@@ -136,7 +139,7 @@ def mobilenet_v2() -> ml_collections.ConfigDict:
   config = base()
   config.model.name = 'mobilenet_v2'
   config.size = 896
-  config.data.crop_rule = 'old'
+  config.data.crop_rule = 'uniform'
   config.optim.lr = 0.05 * config.data.batch_size / 256
   config.optim.weight_decay = 4e-5
   config.optim.epochs = 150.0
@@ -162,7 +165,7 @@ def _small(name: str, size: int, block: int) -> ml_collections.ConfigDict:
   config.model.name = 'cifar_resnet20'
   config.model.dtype = 'float32'
   config.model.stem_stride = config.rgb_size // 8
-  config.gate.penalty = 0.1 / (3 * block * block)
+  config.gate.penalty = 1.0 / (3 * block * block)
   config.optim.lr = 0.1
   config.optim.nesterov = True
   config.optim.weight_decay = 5e-4
@@ -185,6 +188,7 @@ def demo() -> ml_collections.ConfigDict:
   config.eval_epochs = 2.0
   config.checkpoint_epochs = 4.0
   config.log_every = 20
+  config.gate.penalty *= 8  # few steps: a weaker price would not close anything yet
   return config
 
 
@@ -195,6 +199,7 @@ def tiny_imagenet10() -> ml_collections.ConfigDict:
   config.seeds = (0, 1, 2)
   config.data.val_split = 'val'
   config.optim.epochs = 40.0
+  config.gate.penalty *= 4
   return config
 
 

@@ -195,20 +195,60 @@ def chosen_channels(config, name: str, runs) -> tuple[int, ...] | None:
   return None
 
 
-def train_transform(config, size: int):
+def stored(source) -> dict | None:
+  """How a source's coefficients were made; `None` for a source of pixels."""
+  metadata = getattr(source, 'metadata', None) or {}
+  return metadata if metadata.get('kind') == 'coefficients' else None
+
+
+def pixels(batch):
+  """What preprocessing starts from: stored coefficients where there are any."""
+  return batch['coefficients'] if 'coefficients' in batch else batch['image']
+
+
+def check_stored(config, name: str, spec: fd.InputSpec, made: dict) -> None:
+  """Refuses coefficients that are not those the setting asks for.
+
+  Raises:
+    ValueError: naming what differs.
+  """
+  if SETTINGS[name].kind != 'dct':
+    raise ValueError(f'{config.data.name} holds coefficients; setting {name!r} needs pixels')
+  if config.data.augment not in ('device', 'none'):
+    raise ValueError(
+      f'{config.data.name} holds coefficients, which cannot be augmented in pixels: '
+      '--config.data.augment=device'
+    )
+  every = tuple(range(3 * config.dct.block**2))
+  wanted = {'block': config.dct.block, 'chroma': config.dct.chroma}
+  differ = [f'{k}={made[k]!r}, not {v!r}' for k, v in wanted.items() if made[k] != v]
+  kept = tuple(made['channels'] or every)
+  if kept not in (every, spec.channels or every):
+    differ.append(f'channels {kept}, not {spec.channels or "all"}')
+  if differ:
+    raise ValueError(f'{config.data.name} was prepared with {"; ".join(differ)}')
+
+
+def train_transform(config, source, size: int):
   """Host augmentation in pixels that ends on `size`-pixel images."""
   d = config.data
+  if stored(source):
+    return None
   if d.augment == 'random_resized_crop':
     crop = fd.random_resized_crop(size, scale=(d.min_area, 1.0), rule=d.crop_rule)
     return fd.chain(crop, fd.random_flip())
+  if d.augment == 'device':
+    return fd.resize(size)
   # Small images are augmented alike for every setting, then brought to the setting's size.
   steps = {'pad_crop': [fd.pad_crop(config.size // 8), fd.random_flip()],
            'flip': [fd.random_flip()], 'none': []}[d.augment]  # fmt: skip
   return fd.chain(*steps, fd.resize(size)) if size != config.size else fd.chain(*steps)
 
 
-def eval_transform(config, size: int):
+def eval_transform(config, source, size: int):
   """Resize and centre crop for photographs of any size, resize alone for those of one size."""
+  if stored(source):
+    return None
   if config.data.augment == 'random_resized_crop':
     return fd.resize_crop(size * 8 // 7, size)
   return fd.resize(size)
@@ -222,24 +262,39 @@ def sides(config, name: str) -> int:
 def make_spec(config, name: str, channels, source) -> fd.InputSpec:
   """Input of a setting; coefficients are normalised by statistics of training images alone."""
   setting, size = SETTINGS[name], sides(config, name)
+  augmentation: dict[str, Any] = {}
+  if config.data.augment == 'device':
+    augmentation = {'flip': True, 'crop_blocks': config.dct.crop_blocks or None}
   if setting.kind != 'dct':
     mean = tuple(255 * m for m in config.data.rgb_mean)
     std = tuple(255 * s for s in config.data.rgb_std)
-    return fd.InputSpec(kind=setting.kind, size=size, block=config.dct.block, mean=mean, std=std)
+    spec = fd.InputSpec(
+      kind=setting.kind, size=size, block=config.dct.block, mean=mean, std=std, **augmentation
+    )
+    if stored(source):
+      check_stored(config, name, spec, stored(source))
+    return spec
   spec = fd.InputSpec(
-    kind='dct', size=size, block=config.dct.block, channels=channels, chroma=config.dct.chroma
+    kind='dct',
+    size=size,
+    block=config.dct.block,
+    channels=channels,
+    chroma=config.dct.chroma,
+    **augmentation,
   )
+  if stored(source):
+    check_stored(config, name, spec, stored(source))
   if config.dct.statistics != 'pooled':
     return fd.spec_with_statistics(spec, config.dct.statistics)
   loader = fd.Loader(
     source,
     batch_size=min(50, len(source)),
-    transform=eval_transform(config, size),
+    transform=eval_transform(config, source, size),
     process_index=0,  # every process sees the same images, hence the same statistics
     process_count=1,
   )
   batches = itertools.islice(loader, -(-config.dct.statistics_images // loader.batch_size))
-  statistics = fd.estimate_statistics(spec, (batch['image'] for batch in batches))
+  statistics = fd.estimate_statistics(spec, map(pixels, batches))
   return fd.spec_with_statistics(spec, statistics)
 
 
@@ -279,7 +334,8 @@ def build(config, name: str, channels, source, mesh) -> Program:
 
   def apply(params, model_state, images, key=None):
     training = key is not None
-    x = fd.preprocess(spec, images)  # augmentation has happened in pixels
+    # Without 'device' augmentation this is the same in training and evaluation.
+    x = fd.preprocess(spec, images, key if training else None, train=training)
     variables = {'params': params, 'batch_stats': model_state['batch_stats']}
     return model.apply(
       variables,
@@ -290,7 +346,7 @@ def build(config, name: str, channels, source, mesh) -> Program:
     )
 
   def loss_fn(params, model_state, batch, key):
-    logits, new = apply(params, model_state, batch['image'], key)
+    logits, new = apply(params, model_state, pixels(batch), key)
     target = jax.nn.one_hot(batch['label'], logits.shape[-1])
     target = optax.smooth_labels(target, o.label_smoothing)
     weight = batch['mask'] / jnp.maximum(batch['mask'].sum(), 1)
@@ -311,7 +367,7 @@ def build(config, name: str, channels, source, mesh) -> Program:
     return loss, (state, metrics)
 
   def eval_fn(params, model_state, batch):
-    logits, new = apply(params, model_state, batch['image'])
+    logits, new = apply(params, model_state, pixels(batch))
     mask, label = batch['mask'], batch['label']
     hit = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == label[:, None]
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
@@ -326,7 +382,7 @@ def build(config, name: str, channels, source, mesh) -> Program:
     return sums
 
   def predict_fn(params, model_state, batch):
-    logits = apply(params, model_state, batch['image'])[0]
+    logits = apply(params, model_state, pixels(batch))[0]
     probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
     rest = {k: batch[k] for k in ('label', 'mask', 'index')}
     return {'top': top, 'probability': probability, **rest}
@@ -398,7 +454,9 @@ def initial_variables(config, program: Program, name: str, key, source):
 def entry_features(config, program: Program, variables, rgb_model, rgb, source):
   """What the RGB stem and the DCT make of the same training images, for the least-squares fit."""
   rgb_spec = make_spec(config, 'rgb', None, source)
-  loader = fd.Loader(source, batch_size=16, seed=1, transform=eval_transform(config, config.size))
+  loader = fd.Loader(
+    source, batch_size=16, seed=1, transform=eval_transform(config, source, config.size)
+  )
   shrink = fd.resize(config.rgb_size)
   # A few places of each map tell as much as all of them, in a fraction of the memory.
   rgb_features = jax.jit(lambda x: models.entry_features(rgb_model, rgb, x)[:, ::4, ::4])
@@ -419,7 +477,7 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     batch_size=d.batch_size,
     seed=seed,
     workers=d.workers,
-    transform=train_transform(config, size),
+    transform=train_transform(config, sources[0], size),
     strict=d.strict,
   )
   validation = fd.Loader(
@@ -428,7 +486,7 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     shuffle=False,
     repeat=False,
     workers=d.workers,
-    transform=eval_transform(config, size),
+    transform=eval_transform(config, sources[1], size),
     strict=d.strict,
   )
   key = jax.random.key(seed)
@@ -600,6 +658,7 @@ def write_report(config, workdir, rows, runs, source) -> None:
       float(scored['probability'][i, 0]),
     )
     for i in picks
+    if not stored(source)
   ]
   train.write_report(
     workdir / 'report.html',

@@ -137,7 +137,7 @@ def wavelet_packet_grid(level: int) -> list[list[str]]:
 
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'level'))
 def _decompose(x, axes, wavelets, modes, level):
-  dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
+  dtype = _wavelets.floating(x.dtype)
   bands = {'': x.astype(_wavelets.accumulator(dtype))}
   for _ in range(level):
     bands = {
@@ -151,7 +151,7 @@ def _decompose(x, axes, wavelets, modes, level):
 
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'shape'))
 def _recompose(bands, axes, wavelets, modes, shape):
-  dtype = jnp.result_type(*bands.values())
+  dtype = _wavelets.floating(jnp.result_type(*bands.values()))
   bands = {path: band.astype(_wavelets.accumulator(dtype)) for path, band in bands.items()}
   shapes = [shape]  # of the bands at each depth
   for _ in range(max(map(len, bands))):

@@ -175,7 +175,7 @@ def merge(bands: Details, axes, wavelets, modes) -> jax.Array | None:
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'level'))
 def _decompose(x, axes, wavelets, modes, level) -> list:
   """[approximation, details of the deepest level, ..., details of level 1]; details by key."""
-  dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32
+  dtype = floating(x.dtype)
   x = x.astype(accumulator(dtype))
   order = list(range(x.ndim))
   if any(w.dec_len > 2 for w in wavelets):
@@ -194,7 +194,7 @@ def _decompose(x, axes, wavelets, modes, level) -> list:
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'shape'))
 def _recompose(coeffs, axes, wavelets, modes, shape=None) -> jax.Array:
   """Inverse of `_decompose`; missing or None parts are zeros."""
-  dtype = jnp.result_type(*jax.tree.leaves(coeffs))
+  dtype = floating(jnp.result_type(*jax.tree.leaves(coeffs)))
   coeffs = jax.tree.map(lambda a: a.astype(accumulator(dtype)), coeffs)
   x, *levels = coeffs
   for details in levels:
@@ -209,6 +209,11 @@ def _recompose(coeffs, axes, wavelets, modes, shape=None) -> jax.Array:
   if shape is not None:
     x = crop(x, axes, shape)
   return x.astype(dtype)
+
+
+def floating(dtype) -> Any:
+  """The dtype of a result: the data's own, complex too, and float32 for integers."""
+  return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
 
 
 def accumulator(dtype) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import os
 import sys
+import threading
 
 import jax
 
@@ -29,13 +30,13 @@ def initialize_distributed(
     num_processes: number of processes of the run.
     process_id: this process, `0 <= process_id < num_processes`.
     distributed: True asks, False forbids, None looks at the environment.
-    timeout: seconds to wait for the others.
+    timeout: seconds to wait for the others; then the process ends with status 1 and says why.
 
   Returns:
     Whether the run has several processes under one coordinator.
 
   Raises:
-    RuntimeError: if the others do not appear in time, or JAX has used a device already.
+    RuntimeError: if JAX cannot join them, for example because it has used a device already.
     ValueError: if only some of coordinator, number and id are known.
 
   Examples:
@@ -59,21 +60,33 @@ def initialize_distributed(
       f'initialize_distributed needs all of {list(given)} or none; {missing} is not given.'
       ' Set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.'
     )
+  advice = (
+    f'the processes of this run did not find each other (coordinator {coordinator or "automatic"},'
+    f' process {process_id} of {num_processes}, {timeout} s):\n  %s\n'
+    'Start every process with the same command and coordinator, make sure its port is open, unset'
+    ' proxy variables, and call initialize_distributed before anything uses a device. For a run'
+    ' of one process leave FQJAX_DISTRIBUTED and JAX_COORDINATOR_ADDRESS unset.'
+  )
+
+  def give_up():
+    # Waiting in C++ raises nothing: at its own time-out JAX aborts with a stack dump.
+    print(advice % 'nobody answered in time', file=sys.stderr, flush=True)
+    os._exit(1)
+
+  watchdog = threading.Timer(timeout, give_up)
+  watchdog.daemon = True
+  watchdog.start()
   try:
     jax.distributed.initialize(
       coordinator_address=coordinator,
       num_processes=num_processes,
       process_id=process_id,
-      initialization_timeout=timeout,
+      initialization_timeout=timeout + 30,
     )
   except (RuntimeError, ValueError) as e:
-    raise RuntimeError(
-      f'the processes of this run did not find each other (coordinator {coordinator or "automatic"},'
-      f' process {process_id} of {num_processes}, {timeout} s):\n  {e}\n'
-      'Start every process with the same command and coordinator, make sure its port is open, unset'
-      ' proxy variables, and call initialize_distributed before anything uses a device. For a run'
-      ' of one process leave FQJAX_DISTRIBUTED and JAX_COORDINATOR_ADDRESS unset.'
-    ) from e
+    raise RuntimeError(advice % e) from e
+  finally:
+    watchdog.cancel()
   local, total = jax.local_device_count(), jax.device_count()
   print(
     f'process {jax.process_index()} of {jax.process_count()}: {local} of {total}'

@@ -99,7 +99,8 @@ def fit(
     A `FitResult`.
 
   Raises:
-    OSError: before the first step, if `workdir` cannot be written to or is too full.
+    OSError: before the first step, if `workdir` cannot be written to or is too full; later, if the
+      metrics cannot be written.
     NonFiniteError: naming the step and the checkpoint that is good.
     CheckpointError: if a checkpoint could not be written; the ones before it are kept.
     ValueError: for settings that make no sense, a loader that ends early, a checkpoint of another
@@ -352,8 +353,15 @@ class _Log:
     if not self.main:
       return
     self.history.append({'step': i, **scalars})
-    for writer in self._writers:
-      writer.write(i, scalars)
+    try:
+      for writer in self._writers:
+        writer.write(i, scalars)
+    except OSError as e:
+      raise OSError(
+        e.errno,
+        f'the metrics of step {i} could not be written to {self.folder}: {e.strerror}. Checkpoints'
+        ' are untouched; free some space and start the same command again',
+      ) from e
     if evaluation:
       self.say('  eval ' + format_line(i, self.total, scalars).strip())
       return

@@ -1,11 +1,13 @@
 """Where numbers of a run go: JSON lines, TensorBoard, the console; and what is counted beside them."""
 
 from collections.abc import Mapping
+import contextlib
 import json
 import math
 import os
 import pathlib
 import threading
+import time
 from typing import Any, Protocol
 
 import jax
@@ -78,7 +80,9 @@ class JsonLines:
   def close(self) -> None:
     """Closes the file."""
     if self._file is not None:
-      self._file.close()
+      # Every line was flushed when written; on a full disk that has raised, and would again.
+      with contextlib.suppress(OSError):
+        self._file.close()
       self._file = None
 
 
@@ -91,32 +95,43 @@ class TensorBoard:
 
   def __init__(self, folder: str | os.PathLike):
     self.folder = pathlib.Path(folder)
-    self._purge: int | None = None
-    self._writer = None
+    self._purge = 0
+    self._events: Any = None
 
   def resume(self, step: int) -> None:
     """Lets TensorBoard hide events past `step` that an interrupted run left."""
-    self._purge = step + 1 if step else None
+    self._purge = step + 1 if step else 0
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds one point to every curve."""
-    if self._writer is None:
-      from tensorboardX import SummaryWriter  # on use: half a second
+    # Imported on use (half a second). Not `SummaryWriter`: its thread dies on a full disk, and the
+    # run then waits for it for ever; these calls write and raise here.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2 as pb
+    from tensorboardX.summary import scalar
 
-      self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
+    if self._events is None:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      # The process in the name: two starts within a second must not share a file.
+      self._events = EventsWriter(str(self.folder / 'events'), f'.{os.getpid()}')
+      if self._purge:
+        start = pb.SessionLog(status=pb.SessionLog.START)  # pyright: ignore
+        self._events.write_event(pb.Event(step=self._purge, session_log=start))  # pyright: ignore
+    event = pb.Event(step=step, wall_time=time.time())  # pyright: ignore
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      event.summary.MergeFrom(scalar(name, value))
+    self._events.write_event(event)
+    self._events.flush()
 
   def flush(self) -> None:
-    """Writes out the events."""
-    if self._writer is not None:
-      self._writer.flush()
+    """Nothing to do: every report is written out at once."""
 
   def close(self) -> None:
     """Closes the event file."""
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+    if self._events is not None:
+      with contextlib.suppress(OSError):
+        self._events.close()
+      self._events = None
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -31,7 +31,12 @@ def test_equal_bytes_of_the_small_comparisons():
 
 @pytest.mark.parametrize(
   'arg, message',
-  [('cifr10', 'cifar10'), ('seeds=two', 'int'), ('smoke=maybe', 'true or false'), ('lr=1', 'known')],
+  [
+    ('cifr10', 'cifar10'),
+    ('seeds=two', 'int'),
+    ('smoke=maybe', 'true or false'),
+    ('lr=1', 'known'),
+  ],
 )
 def test_unknown_arguments_are_errors(arg, message):
   with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import pytest
 from configs import imagenet_freq as configs
 from experiments import imagenet_freq as experiment
 from experiments import ledger
+from fqjax.data import prepare
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,18 +32,17 @@ def small(arg='demo,smoke', **changes):
   return config
 
 
-def test_every_setting_trains_and_is_compared(tmp_path, capsys):
-  config = small(settings=configs.ALL_SETTINGS)
+THREE = ('rgb', 'dct_gate', 'gate_then_static')
+
+
+@pytest.mark.parametrize(
+  'settings', [THREE, pytest.param(configs.ALL_SETTINGS, marks=pytest.mark.full)]
+)
+def test_settings_are_trained_compared_and_reported(tmp_path, capsys, settings):
+  config = small(settings=settings)
   rows = experiment.experiment(config, tmp_path)
-  assert [row['setting'] for row in rows] == list(configs.ALL_SETTINGS)
-  by_name = {row['setting']: row for row in rows}
-  # Equal bytes are what makes the comparison one.
-  assert by_name['rgb']['input_bytes'] == by_name['dct']['input_bytes'] == 3072
-  assert by_name['rgb_large_patchify']['input_bytes'] == 3 * 64 * 64
-  assert by_name['dct_gate']['input_values'] == 192 * 64
-  # The block stem costs about what the stemless network costs.
-  assert by_name['rgb_large_patchify']['macs'] == pytest.approx(by_name['dct']['macs'], rel=0.15)
-  assert 'gain' not in by_name['rgb'] and np.isfinite(by_name['dct']['gain'])
+  assert [row['setting'] for row in rows] == list(settings)
+  assert 'gain' not in rows[0] and np.isfinite(rows[-1]['gain'])
   page = (tmp_path / 'report.html').read_text()
   assert 'http://' not in page.replace('http://www.w3.org', '') and 'Settings' in page
   assert json.loads((tmp_path / 'results.json').read_text()) == rows
@@ -54,15 +54,32 @@ def test_every_setting_trains_and_is_compared(tmp_path, capsys):
   assert len(chosen) == 24 and min(gate[c] for c in chosen) >= np.sort(gate)[-24]
 
   # Again: nothing is trained a second time, and the numbers are the same.
-  before = (tmp_path / 'dct/seed0/result.json').stat().st_mtime_ns
+  before = (tmp_path / 'rgb/seed0/result.json').stat().st_mtime_ns
   assert experiment.experiment(config, tmp_path) == rows
-  assert (tmp_path / 'dct/seed0/result.json').stat().st_mtime_ns == before
+  assert (tmp_path / 'rgb/seed0/result.json').stat().st_mtime_ns == before
 
   # Another configuration is not mixed into the same folder.
   with pytest.raises(ValueError, match=r'optim\.lr'):
-    other = small(settings=configs.ALL_SETTINGS)
+    other = small(settings=settings)
     other.optim.lr = 0.3
     experiment.experiment(other, tmp_path)
+
+
+@pytest.mark.parametrize('preset', ['tiny_imagenet10', 'cifar10'])
+def test_settings_are_comparable(preset):
+  """Equal bytes for the subset and the small image; equal cost for the block stem."""
+  config = configs.get_config(preset)
+  config.dct.statistics = 'none'
+  cost = {}
+  for name in ('rgb', 'rgb_half_idct', 'rgb_large_patchify', 'dct', 'dct_gate'):
+    channels = experiment.chosen_channels(config, name, {})
+    spec = experiment.make_spec(config, name, channels, None)
+    model = experiment.make_network(config, name, spec, 10)
+    cost[name] = {'bytes': spec.input_bytes, **experiment.network_costs(model, spec)}
+  assert cost['rgb']['bytes'] == cost['rgb_half_idct']['bytes'] == cost['dct']['bytes']
+  assert cost['rgb_large_patchify']['bytes'] == 4 * cost['rgb']['bytes']
+  for name in ('rgb', 'rgb_half_idct', 'rgb_large_patchify'):
+    assert cost[name]['macs'] == pytest.approx(cost['dct']['macs'], rel=0.12), name
 
 
 def test_outcome_goes_into_the_ledger(tmp_path, monkeypatch):
@@ -117,12 +134,21 @@ def test_command_line_is_parsed_as_the_program_would():
     experiment.parse_command([*argv, '--config.optim.learning_rate=0.2'])
 
 
-def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path):
-  """The ResNet-50 preset, cut in size alone, reading TFDS `imagenet2012`."""
+@pytest.mark.parametrize(
+  'preset, network',
+  [
+    ('resnet50', 'resnet18'),
+    pytest.param('resnet50', 'resnet50', marks=pytest.mark.full),
+    pytest.param('mobilenet_v2', 'mobilenet_v2', marks=pytest.mark.full),
+  ],
+)
+def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path, preset, network):
+  """The presets, cut in size alone, reading TFDS `imagenet2012`."""
   from tests.tiny_tfds import write_tiny_imagenet
 
   write_tiny_imagenet(tmp_path / 'tfds', 12, 6)
-  config = configs.get_config('resnet50')
+  config = configs.get_config(preset)
+  config.model.name = network
   config.data.data_dir = os.fspath(tmp_path / 'tfds')
   config.data.workers = 0
   config.data.batch_size = config.data.eval_batch_size = 8
@@ -130,15 +156,36 @@ def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path):
   config.dct.statistics_images = 8
   config.optim.epochs = 2.0
   config.optim.label_smoothing = 0.1
-  config.optim.accumulate = 1
   config.optim.clip = 1.0
   config.optim.ema = 0.9
   config.log_every = 1
   (row,) = experiment.experiment(config, tmp_path / 'run')
   assert row['samples'] == 6 and row['input_values'] == 24 * 64
   with np.load(tmp_path / 'run/dct/seed0/variables.npz') as z:
-    assert z['params/layer1_0/conv1/kernel'].shape == (1, 1, 24, 64)
     assert all(z[k].dtype == np.float32 and np.isfinite(z[k]).all() for k in z.files)
+    assert any(24 in z[k].shape for k in z.files)  # the first kernels meet 24 channels
+
+
+def test_stored_coefficients_are_trained_on_and_augmented_on_the_device(tmp_path):
+  for split in ('train', 'test'):
+    prepare.prepare(
+      prepare.Plan(
+        source='photo_patches', split=split, kind='coefficients', chroma='full', shard_size=4000
+      ),
+      tmp_path / 'set',
+    )
+  config = small(settings=('dct',))
+  config.unlock()
+  config.data.name = f'records:{tmp_path / "set"}'
+  with pytest.raises(ValueError, match='augment=device'):
+    experiment.experiment(config, tmp_path / 'run')
+  config.data.augment = 'device'
+  config.dct.crop_blocks = 7
+  (row,) = experiment.experiment(config, tmp_path / 'run2')
+  assert row['samples'] == 800 and row['input_values'] == 24 * 49
+  config.dct.chroma = 'filtered'
+  with pytest.raises(ValueError, match="chroma='full', not 'filtered'"):
+    experiment.experiment(config, tmp_path / 'run3')
 
 
 @pytest.mark.full

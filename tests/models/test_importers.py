@@ -14,6 +14,7 @@ from fqjax.models import (
   load_cifar_resnet_npz,
   load_mobilenet_v2_npz,
 )
+from fqjax.models._resnet import ResNet
 from tests.models import reference
 
 RESNETS = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3)} | {
@@ -40,27 +41,41 @@ def check(model, variables, want, x):
   np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'resnet18',
-    pytest.param('resnet34', marks=pytest.mark.full),
-    'resnet50',
-    pytest.param('resnet101', marks=pytest.mark.full),
-  ],
-)
-def test_resnet_forward_equals_the_oracle(name, x64, tmp_path):
-  bottleneck = name in ('resnet50', 'resnet101')
-  state = reference.resnet_state(RESNETS[name], bottleneck, classes=7)
-  assert len(state) == ENTRIES[name]
-  path = tmp_path / 'weights.safetensors'
+def check_resnet(model, blocks, bottleneck, path, entries=None):
+  state = reference.resnet_state(blocks, bottleneck, classes=7)
+  assert entries in (None, len(state))
   save_file(state, path)
-  model = create_model(name, num_classes=7, dtype=jnp.float64)
   variables = import_torchvision(path, model)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
   # An odd size shows where padding falls.
   x = photo(1, 39)
-  check(model, variables, reference.resnet(state, x.transpose(0, 3, 1, 2), RESNETS[name]), x)
+  check(model, variables, reference.resnet(state, x.transpose(0, 3, 1, 2), blocks), x)
+
+
+def test_resnet18_forward_equals_the_oracle(x64, tmp_path):
+  model = create_model('resnet18', num_classes=7, dtype=jnp.float64)
+  check_resnet(model, RESNETS['resnet18'], False, tmp_path / 'weights.safetensors', 122)
+
+
+def test_bottleneck_forward_equals_the_oracle(x64, tmp_path):
+  model = ResNet(num_classes=7, dtype=jnp.float64, stages=(2, 1), bottleneck=True)
+  check_resnet(model, (2, 1), True, tmp_path / 'weights.safetensors')
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('name', ['resnet34', 'resnet50', 'resnet101'])
+def test_deep_resnet_forward_equals_the_oracle(name, x64, tmp_path):
+  model = create_model(name, num_classes=7, dtype=jnp.float64)
+  path = tmp_path / 'weights.safetensors'
+  check_resnet(model, RESNETS[name], name != 'resnet34', path, ENTRIES[name])
+
+
+@pytest.mark.parametrize('name', RESNETS)
+def test_names_and_shapes_of_every_resnet(name):
+  bottleneck = name in ('resnet50', 'resnet101')
+  state = reference.resnet_state(RESNETS[name], bottleneck, classes=7)
+  assert len(state) == ENTRIES[name]
+  import_torchvision(state, create_model(name, num_classes=7))
 
 
 @pytest.mark.parametrize('convention', ['torch', 'tf'])

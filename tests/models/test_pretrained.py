@@ -32,12 +32,12 @@ def correct(model, variables, image, label, batch=250):
   return np.concatenate(parts).argmax(-1) == label
 
 
-# 91.73 % and 93.39 % of the 10,000 test images are published; the first 100 of each class are a
-# part with a standard error of 0.9 points.
-@pytest.mark.parametrize(('depth', 'right'), [(20, 9173), (56, 9339)])
-def test_cifar_resnet_on_a_part_of_the_test_set(depth, right, cifar10, data_dir):
+# 91.73 % and 93.39 % of the 10,000 test images are published. A part, the first images of each
+# class, may differ by three of its standard errors (2.6 and 3.3 points).
+@pytest.mark.parametrize(('depth', 'right', 'each'), [(20, 9173, 100), (56, 9339, 50)])
+def test_cifar_resnet_on_a_part_of_the_test_set(depth, right, each, cifar10, data_dir):
   image, label = cifar10
-  part = np.concatenate([np.flatnonzero(label == k)[:100] for k in range(10)])
+  part = np.concatenate([np.flatnonzero(label == k)[:each] for k in range(10)])
   model = create_model(f'cifar_resnet{depth}')
   path = data_dir / 'weights' / f'cifar10_resnet{depth}.npz'
   variables = load_cifar_resnet_npz(path, model)
@@ -45,7 +45,7 @@ def test_cifar_resnet_on_a_part_of_the_test_set(depth, right, cifar10, data_dir)
   assert abs(got - p) < 3 * np.sqrt(p * (1 - p) / len(part)), got
 
 
-@pytest.mark.parametrize('depth', [20, 56])
+@pytest.mark.parametrize('depth', [20, pytest.param(56, marks=pytest.mark.full)])
 def test_cifar_resnet_logits_equal_the_oracle(depth, cifar10, data_dir, x64):
   image, _ = cifar10
   path = data_dir / 'weights' / f'cifar10_resnet{depth}.npz'

@@ -145,8 +145,9 @@ def test_least_squares_starts_at_the_rgb_network(bottleneck):
     for mean, var in ((x.mean((0, 1, 2)), x.var((0, 1, 2))), stats['downsample_bn'].values()):
       scale, bias = new['downsample_bn']['scale'], new['downsample_bn']['bias']
       outputs.append([stem, (x - mean) / np.sqrt(var + 1e-5) * scale + bias])
-    conv = lambda x, kernel: jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    conv = lambda x, kernel: np.asarray(
+      jax.lax.conv_general_dilated(x, kernel, (1, 1), 'VALID', dimension_numbers=dims)
     )
     shifted = conv(maps, new['conv1']['kernel']) - stats['bn1']['mean']
     mean = behind['batch_stats']['layer1_0']['bn1']['mean']

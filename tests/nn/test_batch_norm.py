@@ -28,11 +28,18 @@ def apply(norm, variables, x):
   return norm.apply(variables, x, train=True, mutable=['batch_stats'])
 
 
-@pytest.mark.parametrize('shape', [(8, 5, 3, 4), (8, 4), (8, 3, 4)])
-@pytest.mark.parametrize('groups', [1, 2, 8])
+@pytest.mark.parametrize(
+  ('shape', 'groups'),
+  [
+    ((8, 5, 3, 4), 1),
+    ((8, 5, 3, 4), 2),
+    ((8, 5, 3, 4), 8),
+    ((8, 4), 1),
+    ((8, 4), 2),
+    ((8, 3, 4), 4),
+  ],
+)
 def test_statistics_against_numpy(shape, groups, x64, strict_dtypes):
-  if shape == (8, 4) and groups == 8:
-    pytest.skip('one value per group has no variance')
   rng = np.random.default_rng(0)
   x = rng.normal(size=shape) * [0.1, 1, 3, 10] + [5, -1, 0, 30]
   scale, bias = rng.normal(size=(2, 4)).astype(np.float32)

@@ -1,5 +1,6 @@
 """Wavelet transforms against PyWavelets in float64, and their identities."""
 
+import doctest
 import types
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import pywt
 
 from fqjax import ops
-from fqjax.ops import _wavelets
+from fqjax.ops import _wavelet_banks, _wavelet_packets, _wavelets
 
 MODES = ('symmetric', 'periodization', 'zero', 'reflect')
 # Families times parities: filter lengths 2, 4, 6, 8 and 18, orthogonal or not.
@@ -76,6 +77,12 @@ def check_lengths(name, mode, lengths, with_code=True):
       bands = [p.T if transposed else p for p in parts]
       got = _wavelets._synthesise(*bands, int(transposed), wavelet, mode)
       np.testing.assert_allclose(got.T if transposed else got, synthesis, atol=1e-13)
+
+
+@pytest.mark.parametrize('module', (_wavelet_banks, _wavelets, _wavelet_packets))
+def test_examples(module):
+  result = doctest.testmod(module)
+  assert result.attempted and not result.failed
 
 
 # Filters
@@ -155,13 +162,7 @@ def test_dwt_and_idwt(shape, axis, wavelet, mode, x64):
 @pytest.mark.parametrize('name', ops.wavelist())
 def test_compiled_code_matches_pywavelets(name, x64):
   for mode in MODES:
-    for shape, axis in (
-      ((37,), 0),
-      ((3, 40, 2), 1),
-      ((2, 33, 20), 1),
-      ((2, 180), 1),
-      ((181, 16), 0),
-    ):
+    for shape, axis in (((3, 40, 2), 1), ((2, 33, 20), 1)):
       x = randn(*shape)
       parts = ops.dwt(x, name, mode, axis)
       compare(parts, pywt.dwt(x, name, mode, axis), 1e-12)
@@ -277,6 +278,13 @@ def test_dtypes(dtype):
   back = ops.waverec2(got, 'db2', shape=data.shape)
   assert back.dtype == jnp.dtype(kept)
   compare(back, np.asarray(data, np.float64), 4 * tolerance)
+
+
+def test_complex_data_and_integer_coefficients():
+  x = (randn(2, 11) + 1j * randn(2, 11)[::-1]).astype(np.complex64)
+  compare(ops.dwt(x, 'db2'), pywt.dwt(x, 'db2'), 1e-5)
+  ints = np.arange(8, dtype=np.int32)
+  compare(ops.idwt(ints, ints, 'db2'), pywt.idwt(ints, ints, 'db2').astype(np.float32), 1e-5)
 
 
 def test_jit_vmap_and_batch_axes():

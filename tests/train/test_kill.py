@@ -1,5 +1,7 @@
 """Runs that are killed, ended or filled up from outside, as processes of their own."""
 
+import contextlib
+import os
 import pathlib
 import random
 import signal
@@ -24,14 +26,23 @@ def start(workdir, *args, output=subprocess.PIPE, prefix=()):
     str(workdir),
     *map(str, args),
   ]
-  return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    stdout=output,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
+  )
 
 
 def finish(process, timeout=120):
   try:
     out, _ = process.communicate(timeout=timeout)
   finally:
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)  # with what a shell in `prefix` has started
+    process.wait()
   return out
 
 
@@ -153,19 +164,24 @@ def test_writing_that_fails_later_keeps_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.full
-def test_full_disk(tmp_path):
-  """A file system of 2 MB: too small before training starts, or filled while it runs."""
-  script = 'mount -t tmpfs -o size=2m none "$0" && exec "$@"'
+@pytest.mark.parametrize('log_every', [2, 1000])  # metrics meet the full disk first, or not at all
+def test_full_disk(tmp_path, log_every):
+  """A file system of 8 MB: too small before training starts, or filled while it runs."""
+  script = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
   prefix = ('unshare', '-rm', 'sh', '-c', script, str(tmp_path))
   try:
     subprocess.run((*prefix, 'true'), check=True, capture_output=True)
   except (OSError, subprocess.CalledProcessError):
     pytest.skip('needs `unshare -rm` and tmpfs')
-  out = finish(start(tmp_path / 'run', '--steps', 12, '--size', 300_000, prefix=prefix))
+  args = ('--steps', 4000, '--every', 40, '--delay', 0.01, '--log-every', log_every)
+  out = finish(start(tmp_path / 'run', *args, '--size', 300_000, prefix=prefix))
   assert 'MB free, but the checkpoints of this run need' in out, out
-  # Checkpoints of 0.4 MB fit three times until somebody else fills the disk.
-  fill = f'(sleep 3; head -c 1200000 /dev/urandom > "{tmp_path}/other") & '
-  prefix = (*prefix[:4], script.replace('exec', fill + 'exec'), str(tmp_path))
-  args = ('--steps', 400, '--delay', 0.03, '--size', 80_000)
-  out = finish(start(tmp_path / 'run', *args, prefix=prefix))
-  assert 'CheckpointError' in out and 'the disk is full' in out and 'is untouched' in out, out
+  # After the first checkpoint somebody else fills the disk.
+  fill = (
+    '(until ls "$0"/run/checkpoints/*/fqjax.json; do sleep 0.05; done;'
+    ' cat /dev/zero > "$0/other") >"$0/log" 2>&1 & exec "$@"; ls "$0/run/checkpoints"'
+  )
+  prefix = (*prefix[:4], script.replace('exec "$@"', fill.replace('exec', '')), str(tmp_path))
+  out = finish(start(tmp_path / 'run', *args, '--size', 50_000, prefix=prefix))
+  assert 'No space left' in out or 'the disk is full' in out, out
+  assert 'untouched' in out and out.splitlines()[-1].isdigit(), out

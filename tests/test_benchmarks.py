@@ -1,0 +1,103 @@
+"""The benchmarks run at tiny sizes and write rows of one form; their arithmetic is right."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import common
+from experiments import ledger
+
+ROW = dict(
+  name='haar level 1, NHWC, against X', value=2.5, unit='ms', peer='X', ratio=4.5, goal=4.0,
+  spread=0.1,
+)  # fmt: skip
+
+
+def check_json(path, count=None):
+  rows = json.loads(path.read_text())
+  assert rows and (count is None or len(rows) == count)
+  for row in rows:
+    assert tuple(row) == common.KEYS
+    assert isinstance(row['name'], str) and isinstance(row['unit'], str)
+    assert isinstance(row['value'], int | float) and np.isfinite(row['value'])
+    assert row['peer'] is None or isinstance(row['peer'], str | int | float)
+    for key in ('ratio', 'goal', 'spread'):
+      assert row[key] is None or np.isfinite(row[key])
+  names = [row['name'] for row in rows]
+  assert len(set(names)) == len(names)
+  return rows
+
+
+def test_transforms(tmp_path):
+  pytest.importorskip('jaxwt')
+  from benchmarks import transforms
+
+  path = tmp_path / 'rows.json'
+  transforms.main(['--small', '--repeats', '2', '--json', str(path)])
+  rows = check_json(path, 7 * 3)
+  goals = {row['name']: row['goal'] for row in rows}
+  assert goals['haar level 1, NHWC, against PyWavelets'] == 4.0
+  assert goals['db4 level 3, NCHW, against jaxwt'] == 2.0
+  assert transforms.parse_command(['--keep-memory']).keep_memory
+  assert goals['DCT of 8x8 blocks, NHWC to channels, against jax.scipy'] == 4.0
+
+
+def test_compare_takes_turns_and_waits():
+  calls = []
+  contenders = {name: lambda name=name: calls.append(name) or jnp.ones(3) for name in 'abc'}
+  seconds = common.compare(contenders, 3)
+  assert {name: len(times) for name, times in seconds.items()} == {'a': 3, 'b': 3, 'c': 3}
+  assert ''.join(calls) == 'abc' + 'abc' + 'bca' + 'cab'
+  with pytest.raises(ValueError, match='at least 1'):
+    common.compare(contenders, 0)
+
+
+def test_speedup():
+  ratio, spread = common.speedup([1.0, 2.0, 1.0], [4.0, 10.0, 3.0])
+  assert ratio == 4.0
+  np.testing.assert_allclose(spread, 1.2533 / np.sqrt(3), rtol=1e-4)
+  assert common.speedup([1.0], [2.0]) == (2.0, None)
+  row = common.speedup_row('n', {'us': [0.001] * 2, 'p': [0.003] * 2}, 'us', 'p', 2.0)
+  assert tuple(row) == common.KEYS and row['value'] == 1.0
+  np.testing.assert_allclose(row['ratio'], 3.0)
+  assert common.fastest({'a': [3, 1, 3], 'b': [2, 2, 2]}, ['a', 'b']) == 'b'
+
+
+def test_table_says_what_falls_short():
+  text = common.table([ROW, {**ROW, 'ratio': 3.5}, {**ROW, 'goal': None, 'peer': 7}])
+  assert [('ok' in line, 'BELOW' in line) for line in text.splitlines()[1:]] == [
+    (True, False), (False, True), (False, False),
+  ]  # fmt: skip
+
+
+def test_finish_records(tmp_path, monkeypatch, capsys):
+  written = []
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  args = common.parser('text').parse_args(['--record', '--json', str(tmp_path / 'rows.json')])
+  bandwidth = {**ROW, 'name': 'b', 'peer': common.COPY, 'ratio': np.float32(0.5), 'goal': None}
+  without = {**ROW, 'name': 'c', 'peer': 3, 'ratio': None, 'spread': None}
+  common.finish(args, [ROW, bandwidth, without], data='64x224x224x3')
+  check_json(tmp_path / 'rows.json', 3)
+  assert 'haar level 1' in capsys.readouterr().out
+  assert [row.metric for row in written] == ['ratio', 'bandwidth_fraction']
+  run = written[0].run.split('/')
+  assert run[1:] == ['64x224x224x3', 'cpu', 'haar-level-1-NHWC-against-X']
+  assert (written[0].value, written[0].goal, written[0].milliseconds) == (4.5, 4.0, 2.5)
+  with pytest.raises(ValueError, match='has the keys'):
+    common.finish(args, [{'name': 'x'}])
+
+
+def test_machine():
+  assert common.cpu_name() and common.thread_count() >= 1
+  source = np.arange(1000.0)
+  assert common.copier(source)() is None
+  assert common.copy_bandwidth(1, 2) > 1e6
+  assert common.peak_memory() > 1e6
+
+
+@pytest.mark.full
+def test_peak_memory_of_a_fresh_process():
+  small, large = (common.peak_memory(np.ones, n) for n in (1, 50_000_000))
+  assert 3e8 < large - small < 6e8
