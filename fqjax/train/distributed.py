@@ -6,6 +6,7 @@ import sys
 import threading
 
 import jax
+import numpy as np
 
 _ASKED = 'FQJAX_DISTRIBUTED'
 
@@ -107,6 +108,38 @@ def synchronize(name: str) -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(name)
+
+
+def raise_together(error: Exception | None) -> None:
+  """Raises on every process if any of them has an error; called by all.
+
+  A process that leaves alone keeps the others waiting in their next collective for minutes.
+
+  Args:
+    error: what went wrong here, or None.
+
+  Raises:
+    Exception: this process's error.
+    RuntimeError: the errors of other processes, with their numbers.
+
+  Examples:
+    >>> raise_together(None)
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    text = np.zeros(1000, np.uint8)
+    raw = str(error).encode()[:1000] if error is not None else b''
+    text[: len(raw)] = np.frombuffer(raw, np.uint8)
+    every = [
+      bytes(row).rstrip(b'\0').decode(errors='replace')
+      for row in np.asarray(multihost_utils.process_allgather(text))
+    ]
+    elsewhere = [f'process {i}: {message}' for i, message in enumerate(every) if message]
+    if elsewhere and error is None:
+      raise RuntimeError('\n'.join(elsewhere[:5]))
+  if error is not None:
+    raise error
 
 
 def enable_compile_cache(folder: str | os.PathLike) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fqjax.train.checkpoint import Checkpoints, check_workdir, state_bytes
-from fqjax.train.distributed import is_main, synchronize
+from fqjax.train.distributed import is_main, raise_together, synchronize
 from fqjax.train.mesh import make_mesh, replicate, shard_batch
 from fqjax.train.metrics import (
   JsonLines,
@@ -122,7 +122,12 @@ def fit(
   folder = pathlib.Path(workdir).absolute()
   checkpoints = Checkpoints(folder / 'checkpoints', keep)
   missing = max(keep + 1 - len(checkpoints.steps()), 1)
-  check_workdir(folder, missing * state_bytes(state))
+  problem = None
+  try:
+    check_workdir(folder, missing * state_bytes(state))
+  except OSError as e:
+    problem = e
+  raise_together(problem)
   state = replicate(state, mesh)
   batches = iter(loader)
   restored = checkpoints.restore(state, repair=True)

@@ -22,7 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqjax.train.checkpoint import check_workdir
-from fqjax.train.distributed import initialize_distributed, is_main, synchronize
+from fqjax.train.distributed import (
+  initialize_distributed,
+  is_main,
+  raise_together,
+  synchronize,
+)
 from fqjax.train.mesh import batch_sharding, make_mesh, replicated_sharding
 
 
@@ -125,9 +130,15 @@ def check_shared(workdir: str) -> str:
   """Checks that every process can write to the folder and sees what process 0 writes.
 
   Raises:
-    OSError: if it cannot, or the folder is not shared.
+    OSError: if this process cannot, or the folder is not shared.
+    RuntimeError: if another one cannot.
   """
-  folder = check_workdir(workdir)
+  folder, problem = pathlib.Path(workdir).absolute(), None
+  try:
+    check_workdir(folder)
+  except OSError as e:
+    problem = e
+  raise_together(problem)
   note = folder / '.preflight'
   nonce = np.uint32(os.getpid() ^ (time.time_ns() & 0xFFFFFFFF))
   if jax.process_count() > 1:
@@ -137,15 +148,15 @@ def check_shared(workdir: str) -> str:
   if is_main():
     note.write_text(str(nonce))
   synchronize('fqjax.train.preflight: note written')
-  seen = _read_within(note, str(nonce), 10)
-  synchronize('fqjax.train.preflight: note read')
-  if is_main():
-    note.unlink(missing_ok=True)
-  if not seen:
-    raise OSError(
+  if not _read_within(note, str(nonce), 10):
+    problem = OSError(
       f'{folder} is not shared: process {jax.process_index()} does not see what process 0 wrote.'
       ' Use a folder on a network file system (NFS, Filestore, Lustre, a mounted bucket).'
     )
+  synchronize('fqjax.train.preflight: note read')
+  if is_main():
+    note.unlink(missing_ok=True)
+  raise_together(problem)
   free = os.statvfs(folder)
   return f'workdir {folder}: writable, shared, {free.f_bavail * free.f_frsize / 1e9:.1f} GB free'
 

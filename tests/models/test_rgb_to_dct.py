@@ -8,13 +8,9 @@ from fqjax.models._resnet import CifarResNet, ResNet
 from tests.models.test_models import random_variables
 
 
-def pair(name, channels, **options):
-  rgb, dct = (
-    create_model(name, **options),
-    create_model(f'{name}_dct', channels=channels, **options),
-  )
-  size = 8 if 'mobile' in name else 16
-  return random_variables(rgb, 1, 32, 32, 3), random_variables(dct, 1, size, size, channels, seed=1)
+def pair(cls, channels, **options):
+  rgb, dct = cls(**options), cls(entry='dct', channels=channels, **options)
+  return random_variables(rgb, 1, 32, 32, 3), random_variables(dct, 1, 8, 8, channels, seed=1)
 
 
 def changed(result, rgb, dct, first):
@@ -36,7 +32,7 @@ def changed(result, rgb, dct, first):
 
 @pytest.mark.parametrize('channels', [24, 64, 192])
 def test_resnet50_as_published(channels):
-  rgb, dct = pair('resnet50', channels, num_classes=5)
+  rgb, dct = pair(ResNet, channels, stages=(1, 1), bottleneck=True, num_classes=5)
   result = rgb_to_dct_variables(rgb, dct)
   own = changed(result, rgb, dct, 'layer1_0')
   assert own == ([] if channels == 64 else ['conv1/kernel', 'downsample_conv/kernel'])
@@ -52,7 +48,7 @@ def test_resnet50_as_published(channels):
 
 
 def test_resnet18_takes_the_identity_for_its_new_projection():
-  rgb, dct = pair('resnet18', 24, num_classes=5)
+  rgb, dct = pair(ResNet, 24, stages=(1, 1), num_classes=5)
   result = rgb_to_dct_variables(rgb, dct)
   kernel = result['params']['layer1_0']['downsample_conv']['kernel']
   np.testing.assert_array_equal(kernel[0, 0], np.eye(24, 64))
@@ -62,7 +58,7 @@ def test_resnet18_takes_the_identity_for_its_new_projection():
 
 @pytest.mark.parametrize('channels', [24, 32, 48, 192])
 def test_mobilenet_as_published(channels):
-  rgb, dct = pair('mobilenet_v2', channels, num_classes=5)
+  rgb, dct = pair(MobileNetV2, channels, num_classes=5)
   result = rgb_to_dct_variables(rgb, dct)
   first, old = result['params']['features_1'], rgb['params']['features_1']
   changed(result, rgb, dct, 'features_1')
@@ -85,9 +81,10 @@ def test_mobilenet_as_published(channels):
 
 
 def test_gate_and_patchify_stem_keep_their_own():
-  rgb, dct = pair('cifar_resnet20', 6)
+  rgb, _ = pair(CifarResNet, 6, num_classes=10)
   gated = create_model('cifar_resnet20_dct', channels=6, gate=True)
-  changed(rgb_to_dct_variables(rgb, v := random_variables(gated, 1, 8, 8, 6)), rgb, v, 'layer1_0')
+  dct = random_variables(gated, 1, 8, 8, 6)
+  changed(rgb_to_dct_variables(rgb, dct), rgb, dct, 'layer1_0')
   patchify = random_variables(create_model('cifar_resnet20_patchify', channels=6), 1, 32, 32, 3)
   changed(rgb_to_dct_variables(rgb, patchify), rgb, patchify, 'layer1_0')
 
@@ -157,7 +154,7 @@ def test_least_squares_starts_at_the_rgb_network(bottleneck):
 
 
 def test_least_squares_for_mobilenet_fits_the_projection():
-  rgb, dct = pair('mobilenet_v2', 24, num_classes=5)
+  rgb, dct = pair(MobileNetV2, 24, num_classes=5)
   maps, stem = features_of_a_linear_world(24, 32)
   start = rgb_to_dct_variables(
     rgb, dct, method='least_squares', rgb_features=stem, dct_features=maps, ridge=0
@@ -185,7 +182,7 @@ def test_entry_features_are_the_input_of_the_first_shared_kernels():
 
 
 def test_errors():
-  rgb, dct = pair('cifar_resnet20', 6)
+  rgb, dct = pair(CifarResNet, 6, num_classes=10)
   other = random_variables(create_model('cifar_resnet56_dct', channels=6), 1, 8, 8, 6)
   with pytest.raises(ValueError, match=r'differ in \d+ arrays .*layer1_3.*RGB none'):
     rgb_to_dct_variables(rgb, other)

@@ -21,6 +21,7 @@ parser.add_argument('--size', type=int, default=0, help='floats of ballast in th
 parser.add_argument('--file-limit', type=int, help='bytes a file may have from --limit-at on')
 parser.add_argument('--limit-at', type=int, default=0, help='step at which the limit begins')
 parser.add_argument('--nan-at', type=int)
+parser.add_argument('--seed-per-process', action='store_true', help='a mistake on purpose')
 parser.add_argument('--coordinator')
 parser.add_argument('--processes', type=int, default=1)
 parser.add_argument('--process', type=int, default=0)
@@ -29,7 +30,10 @@ parser.add_argument('--process', type=int, default=0)
 def main():
   args = parser.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={args.devices}'
+  os.environ['XLA_FLAGS'] = (
+    f'--xla_force_host_platform_device_count={args.devices}'
+    ' --xla_backend_optimization_level=0'  # compiles faster
+  )
 
   from fqjax.train import fit, initialize_distributed, make_mesh
 
@@ -43,7 +47,7 @@ def main():
   from tests.train import toy
 
   mesh = make_mesh()
-  state, step = toy.setup(mesh)
+  state, step = toy.setup(mesh, seed=args.process if args.seed_per_process else 0)
   if args.size:
     ballast = np.random.default_rng(0).normal(size=args.size).astype(np.float32)
     params = state.params | {'ballast': jnp.asarray(ballast)}

@@ -76,6 +76,15 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.full
+def test_states_that_differ_between_processes_are_refused(tmp_path):
+  processes = start_two(tmp_path, '--steps', 4, '--seed-per-process')
+  outs = [finish(p) for p in processes]
+  assert [p.returncode for p in processes] == [1, 1], outs
+  for out in outs:
+    assert 'processes [1] hold other values than process 0' in out
+
+
+@pytest.mark.full
 def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path):
   args = ('--steps', 400, '--every', 200, '--delay', 0.05)
   processes = start_two(tmp_path, *args)
@@ -124,9 +133,9 @@ def test_preflight_names_what_is_wrong(tmp_path):
     )
     for i in range(2)
   ]  # fmt: skip
-  outs = [finish(p) for p in processes[::-1]][::-1]
-  assert processes[1].returncode == 1
-  assert 'is not shared: process 1 does not see' in outs[1], outs[1]
+  outs = [finish(p) for p in processes]
+  assert [p.returncode for p in processes] == [1, 1], outs
+  assert all('is not shared: process 1 does not see' in out for out in outs), outs
 
 
 def test_all_reduce_is_checked_numerically(monkeypatch):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from fqjax.train import CheckpointError, NonFiniteError, fit, make_mesh, read_json_lines
+from fqjax.train import (
+  CheckpointError,
+  NonFiniteError,
+  fit,
+  make_mesh,
+  make_train_step,
+  read_json_lines,
+)
 from tests.train import toy
 
 TIMING = ('images_per_second', 'seconds', 'memory_bytes', 'compiles')
@@ -160,7 +167,9 @@ def test_a_second_compilation_is_reported(tmp_path, capsys):
     def __iter__(self):
       return iter([toy.make_batch(i, 8 if i < 2 else 16) for i in range(4)])
 
-  result = train(tmp_path, 4, loader=Growing())
+  mesh = make_mesh(1)
+  step = make_train_step(toy.loss_fn, toy.optimizer(), mesh=mesh, ema_decay=0.9)
+  result = train(tmp_path, 4, loader=Growing(), setup=(toy.setup(mesh)[0], step))
   out = capsys.readouterr().out
   assert 'Warning: step 3 compiled 1 more programs' in out and out.count('Warning') == 1
   assert result.history[-1]['recompiles'] == 1
@@ -233,7 +242,42 @@ def test_failed_save_is_reported_by_the_loop(tmp_path, monkeypatch):
       (tmp_path / 'checkpoints' / '8').mkdir()  # not ours: orbax refuses to overwrite
     return step(state, batch)
 
-  with pytest.raises(CheckpointError, match='step 8 could not be written.*one of step 4 is untouched'):
+  with pytest.raises(
+    CheckpointError, match='step 8 could not be written.*one of step 4 is untouched'
+  ):
     train(tmp_path, setup=(state, interrupted))
   assert json.loads((tmp_path / 'checkpoints' / '4' / 'fqjax.json').read_text())['step'] == 4
   assert train(tmp_path).state.step == 12
+
+
+def test_position_of_the_real_loader_is_restored(tmp_path):
+  """With prefetch: what counts is what the run has consumed, not what was read ahead."""
+  from fqjax import data
+
+  mesh = make_mesh(2)
+  source = data.load_source('synthetic', 'train', n=50, size=8)
+
+  class Seen(data.Loader):
+    def __iter__(self):
+      inner = super().__iter__()
+      take = inner.__next__
+
+      class Recorder:
+        def __next__(self):
+          batch = take()
+          rows.append(batch['index'].tolist())
+          # The toy network's input from the image; nothing else of the batch is needed.
+          x = batch['image'].reshape(16, -1)[:, : toy.FEATURES].astype(np.float32) / 255
+          return {'x': x, 'label': batch['label'] % toy.CLASSES}
+
+        get_state, set_state, close = inner.get_state, inner.set_state, inner.close
+
+      return Recorder()
+
+  rows = []
+  whole = train(tmp_path / 'whole', 7, mesh=mesh, loader=Seen(source, 16), checkpoint_every=3)
+  order, rows[:] = list(rows), []
+  train(tmp_path / 'parts', 3, mesh=mesh, loader=Seen(source, 16), checkpoint_every=3)
+  parts = train(tmp_path / 'parts', 7, mesh=mesh, loader=Seen(source, 16), checkpoint_every=3)
+  assert rows == order
+  toy.assert_identical(parts.state, whole.state)
