@@ -1,6 +1,6 @@
 """Bytes a training step exchanges between devices, read from the compiled program.
 
-  python -m benchmarks.collectives [--model resnet50] [--devices 1,2,4,8,16,32,64,128,256]
+  python -m benchmarks.collectives [--models cifar_resnet20,resnet50] [--devices 1,2,4,...,256]
   python -m benchmarks.collectives --write docs/pods.md
 
 Compiles the step for simulated devices (a process per count; nothing runs) and adds up the operands
@@ -143,33 +143,37 @@ def write_table(path: pathlib.Path, text: str) -> None:
 
 def main() -> None:
   parser = common.parser(__doc__)
-  parser.add_argument('--model', default='cifar_resnet20')
+  parser.add_argument('--models', default='cifar_resnet20,resnet50')
   parser.add_argument('--devices', default='1,2,4,8,16,32,64,128,256')
   parser.add_argument('--per-device', type=int, default=4)
   parser.add_argument('--small', action='store_true', help='1, 2 and 4 devices')
   parser.add_argument('--write', type=pathlib.Path, help='Markdown file to put the table into')
   args = parser.parse_args()
   counts = [1, 2, 4] if args.small else [int(n) for n in args.devices.split(',')]
-  results, rows = [], []
-  for n in counts:
-    shared, grouped = (in_process(args.model, n, args.per_device, g) for g in (False, True))
-    results.append((n, shared, grouped))
-    for name, result in (('batch norm over all', shared), ('batch norm per device', grouped)):
-      size = sum(result['bytes'].values())
-      # Peer: what data parallelism cannot do without, one float32 gradient of every parameter.
-      least = result['parameter_bytes'] if n > 1 else 0
-      rows.append(
-        {
-          'name': f'collectives/{args.model}/{n} devices/{name}',
-          'value': size,
-          'unit': 'bytes per step and device',
-          'peer': least,
-          'ratio': least / size if size else None,
-          'goal': None,
-          'spread': None,
-        }
-      )
-  text = table(args.model, args.per_device, results)
+  names = args.models.split(',')[: 1 if args.small else None]
+  tables, rows = [], []
+  for model in names:
+    results = []
+    for n in counts:
+      shared, grouped = (in_process(model, n, args.per_device, g) for g in (False, True))
+      results.append((n, shared, grouped))
+      for name, result in (('batch norm over all', shared), ('batch norm per device', grouped)):
+        size = sum(result['bytes'].values())
+        # What data parallelism cannot do without: one float32 gradient of every parameter.
+        least = result['parameter_bytes'] if n > 1 else 0
+        rows.append(
+          {
+            'name': f'{model}/{n} devices/{name}',
+            'value': size,
+            'unit': 'bytes per step and device',
+            'peer': 'one gradient',
+            'ratio': least / size if size else None,
+            'goal': None,
+            'spread': None,
+          }
+        )
+    tables.append(table(model, args.per_device, results))
+  text = '\n\n'.join(tables)
   print(text)
   if args.write:
     write_table(args.write, text)

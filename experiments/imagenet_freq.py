@@ -330,13 +330,17 @@ def build(config, name: str, channels, source, mesh) -> Program:
     optax.clip_by_global_norm(o.clip) if o.clip else optax.identity(),
     optax.add_decayed_weights(o.weight_decay, mask=train.decay_mask),
     optax.sgd(lr, momentum=o.momentum, nesterov=o.nesterov),
+    optax.masked(optax.scale(config.gate.lr_scale), gate_logits),
   )
 
   def apply(params, model_state, images, key=None):
     training = key is not None
+    variables = {'params': params, 'batch_stats': model_state['batch_stats']}
+    if setting.gate and training:
+      settled = model_state['calls'] >= round((1 - config.gate.settle) * total * o.accumulate)
+      variables['gate_noise'] = {'gate': {'scale': jnp.where(settled, 0.0, 1.0)}}
     # Without 'device' augmentation this is the same in training and evaluation.
     x = fd.preprocess(spec, images, key if training else None, train=training)
-    variables = {'params': params, 'batch_stats': model_state['batch_stats']}
     return model.apply(
       variables,
       x,
@@ -403,6 +407,13 @@ def build(config, name: str, channels, source, mesh) -> Program:
       'input_values': spec.values,
       **network_costs(model, spec),
     },
+  )
+
+
+def gate_logits(params):
+  """Tree of bools: the gate's per-channel logit parameters."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: 'gate/logit' in jax.tree_util.keystr(path, simple=True, separator='/'), params
   )
 
 
@@ -701,7 +712,13 @@ def record(config, rows) -> None:
     def add(metric, value, common=common, **rest):
       out.append(ledger.Row(metric=metric, value=value, **common, **rest))
 
-    add('top1', row['top1'], spread=row['spread'], samples=row['samples'], bytes=row['input_bytes'])
+    add(
+      'top1',
+      row['top1'],
+      spread=row['spread'],
+      samples=row['samples'],
+      reference=config.reference,
+    )
     if 'gain' in row:
       add(
         'gain',

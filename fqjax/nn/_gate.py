@@ -82,6 +82,10 @@ class ChannelGate(nn.Module):
   sampled (rng stream `gate`); in evaluation it is `on > off`, so that results repeat. At the
   start a channel is open with probability sigmoid(2.0 - 0.1) = 0.87.
 
+  How much noise the sampling adds can change while training: a scalar given as
+  `variables['gate_noise'][name]['scale']` multiplies it (0 chooses as evaluation does). Without it
+  the noise is that of the paper.
+
   The choice, float32 [n, c], is kept as `variables['gates'][name]['on']` whenever the
   collection `gates` is mutable.
 
@@ -127,6 +131,8 @@ class ChannelGate(nn.Module):
     noise = None
     if (train or self.sample_at_eval) and not self.is_initializing():
       noise = gumbel_noise(self.make_rng('gate'), logits.shape)
+      if self.has_variable('gate_noise', 'scale'):
+        noise *= self.get_variable('gate_noise', 'scale')
     on = gumbel_gate(logits, noise, temperature=self.temperature)
     # `init` makes every collection mutable; the choice is no part of the variables it returns.
     if not self.is_initializing():

@@ -103,7 +103,11 @@ def is_main() -> bool:
 
 
 def synchronize(name: str) -> None:
-  """Waits until every process is here; no process may leave a run before the others."""
+  """Waits until every process is here; no process may leave a run before the others.
+
+  Args:
+    name: of the meeting point, the same everywhere; shown when processes meet at different ones.
+  """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
@@ -151,6 +155,7 @@ def enable_compile_cache(folder: str | os.PathLike) -> None:
   Examples:
     >>> import tempfile
     >>> enable_compile_cache(tempfile.mkdtemp())
+    >>> jax.config.update('jax_compilation_cache_dir', None)  # off again
   """
   jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
 

@@ -105,6 +105,22 @@ def fit(
     CheckpointError: if a checkpoint could not be written; the ones before it are kept.
     ValueError: for settings that make no sense, a loader that ends early, a checkpoint of another
       model.
+
+  Examples:
+    >>> import contextlib, io, itertools, tempfile, optax
+    >>> from fqjax.train import create_state, make_train_step
+    >>> tx, mesh = optax.sgd(0.1), make_mesh(1)
+    >>> loss_fn = lambda params, model_state, batch, key: (
+    ...   jnp.mean((batch['x'] * params['w'] - 1) ** 2),
+    ...   (model_state, {}),
+    ... )
+    >>> state = create_state({'w': jnp.zeros(())}, {}, tx, jax.random.key(0))
+    >>> step = make_train_step(loss_fn, tx, mesh=mesh)
+    >>> batches = itertools.repeat({'x': jnp.ones(8)})
+    >>> with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+    ...   result = fit(state, step, batches, workdir=workdir, total_steps=20, mesh=mesh)
+    >>> print(int(result.state.step), f'{float(result.state.params["w"]):.2f}')
+    20 0.99
   """
   for name, value in {
     'total_steps': total_steps,

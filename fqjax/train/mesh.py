@@ -56,13 +56,27 @@ def make_mesh(n: int | Sequence[int] | None = None, axes: Sequence[str] = ('data
 
 
 def batch_sharding(mesh: Mesh | None = None) -> NamedSharding:
-  """The sharding of a batch: leading axis over the mesh's first axis."""
+  """The sharding of a batch: leading axis over the mesh's first axis.
+
+  Args:
+    mesh: all devices by default.
+
+  Returns:
+    A `NamedSharding`.
+  """
   mesh = make_mesh() if mesh is None else mesh
   return NamedSharding(mesh, P(mesh.axis_names[0]))
 
 
 def replicated_sharding(mesh: Mesh | None = None) -> NamedSharding:
-  """The sharding of parameters: a whole copy on every device."""
+  """The sharding of parameters: a whole copy on every device.
+
+  Args:
+    mesh: all devices by default.
+
+  Returns:
+    A `NamedSharding`.
+  """
   return NamedSharding(make_mesh() if mesh is None else mesh, P())
 
 

@@ -18,7 +18,20 @@ _listening = False
 
 
 class Writer(Protocol):
-  """A place for metrics; `fit` calls it on process 0 only."""
+  """A place for metrics; `fit` calls it on process 0 only.
+
+  Examples:
+    >>> class Printer:
+    ...   def resume(self, step): ...
+    ...   def write(self, step, scalars):
+    ...     print(step, scalars)
+    ...
+    ...   def flush(self): ...
+    ...   def close(self): ...
+    >>> writer: Writer = Printer()
+    >>> writer.write(1, {'loss': 0.5})
+    1 {'loss': 0.5}
+  """
 
   def resume(self, step: int) -> None:
     """Called once before the first write; forgets everything after `step`."""
@@ -112,8 +125,8 @@ class TensorBoard:
 
     if self._events is None:
       self.folder.mkdir(parents=True, exist_ok=True)
-      # The process in the name: two starts within a second must not share a file.
-      self._events = EventsWriter(str(self.folder / 'events'), f'.{os.getpid()}')
+      # The name has seconds only: two starts within one must not share a file.
+      self._events = EventsWriter(str(self.folder / 'events'), f'.{time.time_ns()}')
       if self._purge:
         start = pb.SessionLog(status=pb.SessionLog.START)  # pyright: ignore
         self._events.write_event(pb.Event(step=self._purge, session_log=start))  # pyright: ignore

@@ -142,3 +142,18 @@ def test_penalty_conventions(strict_dtypes):
   ratio = 1.7
   np.testing.assert_allclose(gate_penalty(on, 0.2), 0.2 * on.sum(1).mean(), rtol=1e-6)
   np.testing.assert_allclose(gate_penalty(on, ratio / 192), ratio * on.mean(), rtol=1e-6)
+
+
+def test_noise_scale_turns_training_into_the_choice_of_evaluation():
+  gate = ChannelGate(global_logits=True)
+  x = jnp.ones((64, 2, 2, 8))
+  params = {'logit_bias': jnp.stack([jnp.zeros(8), jnp.linspace(-1.0, 1.0, 8)], axis=-1)}
+
+  def chosen(scale):
+    variables = {'params': params, 'gate_noise': {'scale': jnp.float32(scale)}}
+    rngs = {'gate': jax.random.key(0)}
+    return gate.apply(variables, x, train=True, mutable=['gates'], rngs=rngs)[1]['gates']['on']
+
+  expected = gate.apply({'params': params}, x, mutable=['gates'])[1]['gates']['on']
+  np.testing.assert_array_equal(chosen(0.0), expected)
+  assert np.abs(np.asarray(chosen(1.0)) - expected).mean() > 0.2
