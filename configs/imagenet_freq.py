@@ -205,7 +205,7 @@ def tiny_imagenet10() -> ml_collections.ConfigDict:
   config.settings = ALL_SETTINGS
   config.seeds = (0, 1, 2)
   config.data.val_split = 'val'
-  config.optim.epochs = 20.0
+  config.optim.epochs = 15.0
   config.gate.lr_scale = 5.0
   return config
 
