@@ -141,14 +141,19 @@ def write_table(path: pathlib.Path, text: str) -> None:
   path.write_text(f'{head}{_BEGIN}\n\n{text}\n\n{_END}{rest.split(_END)[1]}')
 
 
-def main() -> None:
+def parse_command(argv=None):
+  """Arguments of a command line; raises where the program would not run."""
   parser = common.parser(__doc__)
   parser.add_argument('--models', default='cifar_resnet20,resnet50')
   parser.add_argument('--devices', default='1,2,4,8,16,32,64,128,256')
   parser.add_argument('--per-device', type=int, default=4)
   parser.add_argument('--small', action='store_true', help='1, 2 and 4 devices')
   parser.add_argument('--write', type=pathlib.Path, help='Markdown file to put the table into')
-  args = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+  args = parse_command(argv)
   counts = [1, 2, 4] if args.small else [int(n) for n in args.devices.split(',')]
   names = args.models.split(',')[: 1 if args.small else None]
   tables, rows = [], []

@@ -209,6 +209,7 @@ def finish(args: argparse.Namespace, rows: Sequence[Row], data: str = '') -> Non
   print(table(rows))
   if args.json:
     rows = [{key: _plain(row[key]) for key in KEYS} for row in rows]
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
   if args.record:
     from experiments import ledger
@@ -243,7 +244,7 @@ def ledger_row(row: Row, data: str = '', module: str | None = None):
   from experiments import ledger
 
   command = ledger.command(module=module)
-  parts = command.split()[2].split('.')[-1], data or 'none', jax.default_backend(), row['name']
+  parts = command.split()[2], data or 'none', jax.default_backend(), row['name']
   milliseconds = {'ms': 1.0, 's': 1e3}.get(row['unit'].split()[0])
   return ledger.Row(
     run='/'.join(re.sub(r'[^\w.+-]+', '-', part).strip('-') for part in parts),

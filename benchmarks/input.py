@@ -196,10 +196,15 @@ def stored_routes(
   return routes, sizes
 
 
-def main() -> None:
+def parse_command(argv=None):
+  """Arguments of a command line; raises where the program would not run."""
   parser = common.parser(__doc__)
   parser.add_argument('--images', type=int, default=200)
-  args = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+  args = parse_command(argv)
   name, images = photographs(args.images)
   mean_bytes = sum(map(len, images)) // len(images)
   print(f'{len(images)} of {name}, {mean_bytes:,} bytes each')

@@ -143,11 +143,16 @@ def network_step(name: str, shape: tuple[int, ...], batch_size: int, spec=None):
   return run
 
 
-def main() -> None:
+def parse_command(argv=None):
+  """Arguments of a command line; raises where the program would not run."""
   parser = common.parser(__doc__, repeats=5)
   parser.add_argument('--small', action='store_true', help='tiny images, to try the program')
   parser.add_argument('--batch', type=int, default=8)
-  args = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+  args = parse_command(argv)
   repeats = args.repeats
   rows = []
 

@@ -97,6 +97,32 @@ def test_machine():
   assert common.peak_memory() > 1e6
 
 
+def test_every_benchmark_takes_the_common_flags(tmp_path):
+  import importlib
+
+  for name in ('collectives', 'input', 'train_step', 'transforms'):
+    pytest.importorskip({'transforms': 'jaxwt'}.get(name, 'jax'))
+    module = importlib.import_module(f'benchmarks.{name}')
+    args = module.parse_command(['--json', str(tmp_path / 'x.json'), '--record', '--repeats', '3'])
+    assert args.record and args.repeats == 3 and args.json.name == 'x.json'
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  'name, flags',
+  [('input', ['--images', '10']), ('train_step', ['--small']), ('collectives', ['--small'])],
+)
+def test_small_runs_write_rows(tmp_path, name, flags):
+  import importlib
+
+  if name == 'input':
+    pytest.importorskip('cv2'), pytest.importorskip('simplejpeg'), pytest.importorskip('jpeglib')
+  path = tmp_path / 'rows.json'
+  module = importlib.import_module(f'benchmarks.{name}')
+  module.main([*flags, '--repeats', '2', '--json', str(path)])
+  check_json(path)
+
+
 @pytest.mark.full
 def test_peak_memory_of_a_fresh_process():
   small, large = (common.peak_memory(np.ones, n) for n in (1, 50_000_000))
