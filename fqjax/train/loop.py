@@ -185,6 +185,7 @@ def fit(
           log.say(f'{stopper.reason} at step {i}: checkpoint saved, the same command continues.')
           stopper.leave()
     checkpoints.wait()
+    log.report_corrupt(getattr(batches, 'corrupt', None))
   finally:
     run.end_trace()
     if hasattr(batches, 'close'):
@@ -404,6 +405,17 @@ class _Log:
         + f'  {scalars["images_per_second"]:.1f} images/s'
         + f'  {scalars["memory_bytes"] / 1e6:.0f} MB  eta {_clock(eta)}'
       )
+
+  def report_corrupt(self, corrupt: Any) -> None:
+    """Names what a loader (`fqjax.data.Loader`) could not decode and left out."""
+    if corrupt is None or not corrupt.count:
+      return
+    shown = '; '.join(f'{name}: {reason}' for name, reason in list(corrupt.files.items())[:5])
+    more = f' and {len(corrupt.files) - 5} more' if len(corrupt.files) > 5 else ''
+    self.say(
+      f'{corrupt.count} samples of {len(corrupt.files)} files could not be decoded and did not'
+      f' count: {shown}{more}.'
+    )
 
   def say(self, text: str) -> None:
     if not self.main:

@@ -281,3 +281,17 @@ def test_position_of_the_real_loader_is_restored(tmp_path):
   parts = train(tmp_path / 'parts', 7, mesh=mesh, loader=Seen(source, 16), checkpoint_every=3)
   assert rows == order
   toy.assert_identical(parts.state, whole.state)
+
+
+def test_undecodable_samples_are_counted_and_named(tmp_path, capsys):
+  from fqjax.data import Corrupt
+
+  class Loader(toy.Loader):
+    def __iter__(self):
+      batches = toy.LoaderIterator(self)
+      batches.corrupt = Corrupt(3, {'a/b.jpg': 'truncated'})
+      return batches
+
+  state, step = toy.setup(make_mesh(1))
+  fit(state, step, Loader(), workdir=tmp_path, total_steps=2, mesh=make_mesh(1), progress=False)
+  assert '3 samples of 1 files could not be decoded' in capsys.readouterr().out
