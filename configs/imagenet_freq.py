@@ -195,7 +195,7 @@ def demo() -> ml_collections.ConfigDict:
   config.eval_epochs = 3.0
   config.checkpoint_epochs = 3.0
   config.log_every = 20
-  config.gate.lr_scale = 20.0
+  config.gate.lr_scale = 40.0
   return config
 
 
@@ -206,7 +206,7 @@ def tiny_imagenet10() -> ml_collections.ConfigDict:
   config.seeds = (0, 1, 2)
   config.data.val_split = 'val'
   config.optim.epochs = 15.0
-  config.gate.lr_scale = 5.0
+  config.gate.lr_scale = 20.0
   return config
 
 

@@ -82,7 +82,8 @@ def create_state(
 def decay_mask(params: PyTree) -> PyTree:
   """Tells optax which leaves weight decay touches: kernels, not biases and norms.
 
-  A kernel is a leaf of two or more dimensions; biases, batch-norm scales and offsets have one.
+  A kernel is a leaf of two or more dimensions whose name holds neither 'bias' nor 'scale'; the
+  gate's logits, [c, 2], are such biases and scales.
 
   Args:
     params: pytree of arrays (or shapes).
@@ -95,7 +96,12 @@ def decay_mask(params: PyTree) -> PyTree:
     >>> decay_mask({'kernel': jnp.ones((3, 3, 8, 8)), 'bias': jnp.ones(8)})
     {'bias': False, 'kernel': True}
   """
-  return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  def is_kernel(path, p):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return p.ndim > 1 and 'bias' not in name and 'scale' not in name
+
+  return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def _owned(tree: PyTree) -> PyTree:

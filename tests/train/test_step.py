@@ -247,3 +247,9 @@ def test_decay_mask_takes_kernels_only():
   mask = decay_mask(params)
   assert mask['dense1'] == {'kernel': True, 'bias': False}
   assert mask['bn1'] == {'scale': False, 'bias': False}
+  # A price pulls on the gate's logits, decay must not.
+  assert decay_mask({'logit_bias': jnp.ones((8, 2)), 'w': jnp.ones((8, 2))}) == {
+    'logit_bias': False,
+    'w': True,
+  }
+  assert decay_mask(jnp.ones((2, 2))) is True
