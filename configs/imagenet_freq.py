@@ -4,14 +4,16 @@
 
 | preset | what it trains | where it is meant to run |
 | --- | --- | --- |
-| `resnet50` (default) | ImageNet, 24 channels of 448-pixel images, 90 epochs | TPU v3-8, 8 GPUs or more |
-| `mobilenet_v2` | ImageNet, 24 channels of 896-pixel images, 150 epochs | the same |
+| `resnet50` (default) | ImageNet, 24 channels of 448-pixel images, six settings, 90 epochs each | TPU v3-8, 8 GPUs or more |
+| `mobilenet_v2` | ImageNet, 24 channels of 896-pixel images, five settings, 150 epochs each | the same |
 | `demo` | `photo_patches`, three settings x three seeds | 2 cores, under 5 minutes |
 | `tiny_imagenet10` | Tiny ImageNet's ten classes, six settings x three seeds | 2 cores, an hour |
 | `cifar10` | CIFAR-10, six settings x three seeds | 2 cores, two hours |
 
 `,smoke` shortens any of them to two minutes (`photo_patches`, one seed, few steps).
 `,settings=rgb+dct` and `,seeds=1` choose what of a comparison is run; `,channels=48` another subset.
+`,init=PATH` starts from an RGB checkpoint as the published runs do, `,init=rgb` from the one that the
+same command trains first.
 Figures of the last runs: `results.csv`, rows `imagenet_freq/...`.
 """
 
@@ -34,6 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     settings='',
     seeds=0,
     channels=0,
+    init='',
   )
   config = globals()[arg['preset']]()
   if arg['smoke']:
@@ -44,6 +47,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.seeds = tuple(range(arg['seeds']))
   if arg['channels']:
     config.dct.channels = arg['channels']
+  config.init.rgb = arg['init']
   return config
 
 
@@ -83,6 +87,8 @@ def base() -> ml_collections.ConfigDict:
   dct.crop_blocks = 0  # 'device' augmentation: side of the crop in blocks; 0 takes the whole map
 
   config.gate = gate = ml_collections.ConfigDict()
+  gate.kind = 'image'  # logits computed from each image, as published; 'global': one set for all
+  gate.sample_at_eval = False  # True is the public code's, which makes its test results random
   # lambda of the paper's sum over channels; the public code's `ratio` is lambda * channels.
   gate.penalty = 1.0 / 192
   # Learning rate of the gate's logits over that of the network: the loss moves a logit so little
@@ -102,7 +108,8 @@ def base() -> ml_collections.ConfigDict:
   model.norm_groups = 1  # groups of the batch with batch-norm statistics of their own
 
   config.init = init = ml_collections.ConfigDict()
-  # An RGB checkpoint to start from: torchvision-named .safetensors, or `variables.npz` of an 'rgb' run.
+  # An RGB checkpoint to start from: torchvision-named .safetensors, `variables.npz` of a finished
+  # run, or 'rgb' for what the setting of that name ends with, seed by seed.
   init.rgb = ''
   init.method = 'cut'  # or 'reinit', 'least_squares'
   init.images = 2048  # training images the least-squares fit sees
@@ -135,6 +142,7 @@ def base() -> ml_collections.ConfigDict:
 def resnet50() -> ml_collections.ConfigDict:
   """Xu et al. fine-tune the RGB network; schedule and batch are ours, equal for every setting."""
   config = base()
+  config.settings = ALL_SETTINGS
   config.data.crop_rule = 'uniform'
   config.reference = 'DCT-24 76.792 (Xu et al.)'
   return config
@@ -144,6 +152,8 @@ def mobilenet_v2() -> ml_collections.ConfigDict:
   """The recipe of the model the published runs start from: cosine from 0.05, decay 4e-5."""
   config = base()
   config.model.name = 'mobilenet_v2'
+  # Without the half-scale control: its images would be twice as large as those of 'rgb'.
+  config.settings = tuple(name for name in ALL_SETTINGS if name != 'rgb_half_idct')
   config.size = 896
   config.data.crop_rule = 'uniform'
   config.optim.lr = 0.05 * config.data.batch_size / 256
@@ -161,7 +171,7 @@ def _small(name: str, size: int, block: int) -> ml_collections.ConfigDict:
   config.data.train_split, config.data.val_split = 'train', 'test'
   config.data.workers = 0
   config.data.batch_size = 128
-  config.data.eval_batch_size = 250
+  config.data.eval_batch_size = 256
   config.data.augment = 'pad_crop'
   config.size = size
   config.rgb_size = size // 2

@@ -16,6 +16,7 @@ larger image. Run again with the same `--workdir`, it goes on where it stopped. 
 `report.html` and `results.json` stand in the workdir.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -49,6 +50,7 @@ class Setting(NamedTuple):
   gate: bool = False
 
 
+AUGMENTATIONS = ('random_resized_crop', 'pad_crop', 'flip', 'none', 'device')
 SETTINGS = {
   'rgb': Setting('RGB, small image', 'rgb', '', large=False),
   'rgb_half_idct': Setting('RGB, half-scale inverse DCT', 'rgb_half_idct', '', large=True),
@@ -81,7 +83,8 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
   train.initialize_distributed()
   mesh = train.make_mesh()
   first = train.is_main()
-  workdir.mkdir(parents=True, exist_ok=True)
+  train.check_workdir(workdir)
+  check_batches(config, mesh.size)
   check_same_experiment(workdir, config)
   train.synchronize('configuration read')
   if first:
@@ -104,6 +107,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
     program = None
     for j, seed in enumerate(config.seeds):
       folder = workdir / name / f'seed{seed}'
+      check_channels(folder, channels)
       result = read_result(folder)
       if result is None:
         say(f'[{i * len(config.seeds) + j + 1}/{len(config.settings) * len(config.seeds)}] '
@@ -119,7 +123,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
     write_atomically(workdir / 'results.json', json.dumps(rows, indent=2))
     write_report(config, workdir, rows, runs, sources[1])
     if config.record:
-      record(config, rows)
+      record(config, workdir, rows)
     print_table(rows)
     print(f'{time.time() - started:.0f} s. Report: {workdir / "report.html"}')
     print(f'Numbers: {workdir / "results.json"}')
@@ -140,19 +144,58 @@ def check(config) -> None:
   if unknown or not config.settings:
     raise ValueError(f'unknown settings {unknown}; known are {", ".join(SETTINGS)}')
   order = list(config.settings)
-  if 'gate_then_static' in order and (
-    'dct_gate' not in order or order.index('dct_gate') > order.index('gate_then_static')
+  for name, before, why in (
+    ('gate_then_static', 'dct_gate', 'which chooses its channels'),
+    ('dct', 'rgb' if config.init.rgb == 'rgb' else '', 'which init=rgb starts from'),
   ):
-    raise ValueError(
-      "'gate_then_static' needs 'dct_gate' before it: --config=...,settings=dct_gate+gate_then_static"
-    )
+    if before and name in order and before not in order[: order.index(name)]:
+      raise ValueError(f'{name!r} needs {before!r} before it, {why}: settings={before}+{name}')
+  for field, value, allowed in (
+    ('data.augment', config.data.augment, AUGMENTATIONS),
+    ('data.crop_rule', config.data.crop_rule, ('log_uniform', 'uniform')),
+    ('dct.pattern', config.dct.pattern, ('square', 'triangle', 'learned')),
+    ('dct.chroma', config.dct.chroma, ('filtered', 'full')),
+    ('dct.statistics', config.dct.statistics, ('pooled', 'released', 'none')),
+    ('gate.kind', config.gate.kind, ('image', 'global')),
+    ('init.method', config.init.method, ('cut', 'reinit', 'least_squares')),
+    ('optim.schedule', config.optim.schedule, ('cosine', 'step')),
+  ):
+    if value not in allowed:
+      raise ValueError(f'config.{field}={value!r}: choose {", ".join(map(repr, allowed))}')
   if config.size % config.dct.block:
     raise ValueError(f'size={config.size} is not divisible by dct.block={config.dct.block}')
+  if 'rgb_half_idct' in order and config.size != 2 * config.rgb_size:
+    raise ValueError(
+      f"'rgb_half_idct' makes images of {config.size // 2} pixels, 'rgb' sees {config.rgb_size}: "
+      'it is a control only where size is twice rgb_size; leave it out of settings'
+    )
+  if config.init.rgb not in ('', 'rgb') and not pathlib.Path(config.init.rgb).is_file():
+    raise ValueError(f'config.init.rgb: there is no file {config.init.rgb}')
+  if 'dct' in order:
+    chosen_channels(config, 'dct', {})  # an unknown subset is an error that lists the known ones
+
+
+def check_batches(config, devices: int) -> None:
+  """Refuses batches that the devices cannot share, before anything is compiled.
+
+  Raises:
+    ValueError: naming the size and what divides.
+  """
+  accumulate = config.optim.accumulate
+  for field, size, parts in (
+    ('batch_size', config.data.batch_size, devices * accumulate),
+    ('eval_batch_size', config.data.eval_batch_size, devices),
+  ):
+    if size % parts:
+      raise ValueError(
+        f'config.data.{field}={size} must divide by {parts} ({devices} devices'
+        f'{f" x {accumulate} microbatches" if parts > devices else ""})'
+      )
 
 
 # Fields that may change between a run and its continuation.
 _FREE = re.compile(
-  r'settings|seeds|record|goal|reference|profile|log_every|keep_checkpoints|data\.(workers|data_dir)'
+  r'settings|seeds|record|goal|reference|profile|log_every|keep_checkpoints|data\.(workers|data_dir|eval_batch_size)'
 )
 
 
@@ -177,6 +220,27 @@ def check_same_experiment(workdir: pathlib.Path, config) -> None:
       f'{workdir} holds runs of another configuration:\n  ' + '\n  '.join(differ) + '\n'
       'Name another --workdir, or repeat the flags of the earlier run to go on with it.'
     )
+
+
+def check_channels(folder: pathlib.Path, channels: tuple[int, ...] | None) -> None:
+  """Refuses to go on with a run that was started on other channels.
+
+  Raises:
+    ValueError: naming both.
+  """
+  path = folder / 'channels.json'
+  now = None if channels is None else list(channels)
+  if path.exists():
+    before = json.loads(path.read_text())
+    if before != now:
+      raise ValueError(
+        f'{folder} was started on channels {before}, this command chooses {now} (other seeds of'
+        ' the gate, for example). Remove that folder to train it anew, or use another --workdir.'
+      )
+  elif train.is_main():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(now))
+  train.synchronize(f'channels of {folder.name}')
 
 
 def data_options(config) -> dict:
@@ -237,12 +301,17 @@ def train_transform(config, source, size: int):
   if d.augment == 'random_resized_crop':
     crop = fd.random_resized_crop(size, scale=(d.min_area, 1.0), rule=d.crop_rule)
     return fd.chain(crop, fd.random_flip())
-  if d.augment == 'device':
-    return fd.resize(size)
   # Small images are augmented alike for every setting, then brought to the setting's size.
-  steps = {'pad_crop': [fd.pad_crop(config.size // 8), fd.random_flip()],
-           'flip': [fd.random_flip()], 'none': []}[d.augment]  # fmt: skip
-  return fd.chain(*steps, fd.resize(size)) if size != config.size else fd.chain(*steps)
+  steps = {
+    'pad_crop': [fd.pad_crop(config.size // 8), fd.random_flip()],
+    'flip': [fd.random_flip()],
+  }.get(d.augment, [])
+  image = source[0]['image']
+  if image.shape[:2] != (config.size, config.size):
+    steps = [fd.resize_crop(config.size, config.size), *steps]
+  if size != config.size:
+    steps = [*steps, fd.resize(size)]
+  return fd.chain(*steps)
 
 
 def eval_transform(config, source, size: int):
@@ -251,7 +320,7 @@ def eval_transform(config, source, size: int):
     return None
   if config.data.augment == 'random_resized_crop':
     return fd.resize_crop(size * 8 // 7, size)
-  return fd.resize(size)
+  return fd.resize_crop(size, size)
 
 
 def sides(config, name: str) -> int:
@@ -294,7 +363,7 @@ def make_spec(config, name: str, channels, source) -> fd.InputSpec:
     process_count=1,
   )
   batches = itertools.islice(loader, -(-config.dct.statistics_images // loader.batch_size))
-  statistics = fd.estimate_statistics(spec, map(pixels, batches))
+  statistics = fd.estimate_statistics(spec, batches)
   return fd.spec_with_statistics(spec, statistics)
 
 
@@ -303,7 +372,9 @@ def make_network(config, name: str, spec: fd.InputSpec, num_classes: int) -> nn.
   m, setting = config.model, SETTINGS[name]
   options: dict[str, Any] = {'dtype': jnp.dtype(m.dtype), 'norm_groups': m.norm_groups}
   if setting.suffix == '_dct':
-    options.update(channels=spec.num_channels, gate=setting.gate)
+    gate = setting.gate and ('global' if config.gate.kind == 'global' else True)
+    options.update(channels=spec.num_channels, gate=gate)
+    options['gate_sample_at_eval'] = config.gate.sample_at_eval
   elif setting.suffix == '_patchify':
     options.update(channels=config.dct.channels, block=config.dct.block)
   elif m.stem_stride:
@@ -362,12 +433,12 @@ def build(config, name: str, channels, source, mesh) -> Program:
     }
     state = {'batch_stats': new['batch_stats'], 'calls': calls + 1}
     if setting.gate:
-      on = new['gates']['gate']['on']
+      on = new['gates']['gate']['on'] * batch['mask'][:, None]
       ramp = max(1.0, config.gate.penalty_warmup * total * o.accumulate)
       growing = jnp.minimum(1.0, calls.astype(jnp.float32) / ramp)
       loss += growing * fnn.gate_penalty(on, config.gate.penalty)
       state['selection'] = fnn.update_selection(model_state['selection'], on, batch['mask'])
-      metrics['channels_on'] = on.sum(-1).mean()
+      metrics['channels_on'] = jnp.sum(weight * on.sum(-1))
     return loss, (state, metrics)
 
   def eval_fn(params, model_state, batch):
@@ -442,14 +513,15 @@ def network_costs(model, spec) -> dict[str, float]:
 # ---------------------------------------------------------------------------- one run
 
 
-def initial_variables(config, program: Program, name: str, key, source):
+def initial_variables(config, program: Program, name: str, key, source, folder):
   """Random variables, or those of an RGB network as `config.init` says."""
   x = jnp.zeros((1, *program.spec.output_shape))
   variables = jax.jit(program.model.init)({'params': key, 'gate': key}, x)
-  if not config.init.rgb:
+  if not config.init.rgb or (config.init.rgb == 'rgb' and name == 'rgb'):
     return variables
   rgb_model = make_network(config, 'rgb', make_spec(config, 'rgb', None, None), source.num_classes)
-  path = pathlib.Path(config.init.rgb)
+  own = folder.parents[1] / 'rgb' / folder.name / 'variables.npz'
+  path = own if config.init.rgb == 'rgb' else pathlib.Path(config.init.rgb)
   if path.suffix == '.safetensors':
     rgb = models.import_torchvision(path, rgb_model)
   else:
@@ -474,6 +546,8 @@ def entry_features(config, program: Program, variables, rgb_model, rgb, source):
   dct_features = jax.jit(lambda x: models.entry_features(program.model, variables, x)[:, ::4, ::4])
   stems, coefficients = [], []
   for batch in itertools.islice(loader, -(-config.init.images // 16)):
+    if not batch['mask'].all():
+      continue  # a damaged image
     small = np.stack([shrink({'image': image}, None)['image'] for image in batch['image']])
     stems.append(np.asarray(rgb_features(fd.preprocess(rgb_spec, small))))
     coefficients.append(np.asarray(dct_features(fd.preprocess(program.spec, batch['image']))))
@@ -501,7 +575,9 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     strict=d.strict,
   )
   key = jax.random.key(seed)
-  variables = initial_variables(config, program, name, jax.random.fold_in(key, 0), sources[0])
+  variables = initial_variables(
+    config, program, name, jax.random.fold_in(key, 0), sources[0], folder
+  )
   model_state = {'batch_stats': variables['batch_stats'], 'calls': jnp.zeros((), jnp.int32)}
   if SETTINGS[name].gate:
     model_state['selection'] = fnn.init_selection(program.spec.num_channels)
@@ -513,7 +589,6 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     means = train.evaluate(program.eval_step, state, validation, mesh=mesh, use_ema=use_ema)
     return {f'val/{k}': v for k, v in means.items()}
 
-  started = time.time()
   fitted = train.fit(
     state,
     program.step,
@@ -537,7 +612,9 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     'top1': float(100 * hit[:, 0].mean()),
     'top5': float(100 * hit.any(-1).mean()),
     'samples': len(hit),
-    'seconds': time.time() - started,
+    'seconds': next((h['seconds'] for h in reversed(fitted.history) if 'seconds' in h), 0.0),
+    'hardware': ledger.hardware(),
+    'revision': ledger.revision(),
     **program.costs,
   }
   if program.spec.channels is not None:
@@ -551,7 +628,10 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     save_arrays(folder / 'predictions.npz', **scored)
     trained = {'params': final.params, 'batch_stats': final.model_state['batch_stats']}
     save_arrays(folder / 'variables.npz', **flatten_dict(jax.device_get(trained), sep='/'))
+    # What the network has to be fed with: size, channels, mean, standard deviation.
+    write_atomically(folder / 'input.json', json.dumps(dataclasses.asdict(program.spec)))
     write_atomically(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
+  train.synchronize(f'{name} {seed} written')  # before another process reads it
   return result
 
 
@@ -588,7 +668,8 @@ def compare(workdir, runs) -> list[dict]:
       'samples': results[0]['samples'],
       'seconds': float(np.mean([r['seconds'] for r in results])),
     }
-    row.update({k: results[0][k] for k in ('input_bytes', 'input_values', 'macs', 'params')})
+    same = ('input_bytes', 'input_values', 'macs', 'params', 'hardware', 'revision')
+    row.update({k: results[0][k] for k in same})
     if SETTINGS[name].gate:
       row['channels_on'] = float(np.mean([r['channels_on'] for r in results]))
     if name != 'rgb' and 'rgb' in right:
@@ -696,45 +777,52 @@ def evenly(indices: np.ndarray, n: int) -> np.ndarray:
   )
 
 
-def record(config, rows) -> None:
-  """Appends the comparison to the ledger, one row per metric."""
+def record(config, workdir: pathlib.Path, rows) -> None:
+  """Appends the comparison to the ledger, one row per metric; a second time, nothing."""
+  path = workdir / 'recorded.json'
+  if path.exists() and json.loads(path.read_text()) == rows:
+    say(f'These numbers are in the ledger already ({path}).')
+    return
+  kind, _, place = config.data.name.rpartition(':')
+  # A path of this machine means nothing elsewhere; its last part may.
+  data = f'{kind}-{pathlib.Path(place).name}' if '/' in place else place
   out = []
   for row in rows:
-    name, kind = row['setting'], SETTINGS[row['setting']]
-    data = config.data.name.removeprefix('tfds:')
-    setting = f'{name}{config.dct.channels}' if name in ('dct', 'gate_then_static') else name
+    name, setting = row['setting'], SETTINGS[row['setting']]
+    label = {
+      'dct': f'{config.dct.pattern}{config.dct.channels}',
+      'gate_then_static': f'gate_then_static{config.dct.channels}',
+    }.get(name, name)
     common = {
-      'run': f'imagenet_freq/{data}/{config.model.name}{kind.suffix}/{setting}',
+      'run': f'imagenet_freq/{data}/{config.model.name}{setting.suffix}/{label}',
       'data': f'{data} {config.data.val_split}',
       'seeds': row['seeds'],
+      'samples': row['samples'],
+      'bytes': row['input_bytes'],
+      'hardware': row['hardware'],
+      'revision': row['revision'],
     }
 
     def add(metric, value, common=common, **rest):
       out.append(ledger.Row(metric=metric, value=value, **common, **rest))
 
-    add(
-      'top1',
-      row['top1'],
-      spread=row['spread'],
-      samples=row['samples'],
-      reference=config.reference,
-    )
+    reference = config.reference if name == 'dct' else ''
+    add('top1', row['top1'], spread=row['spread'], reference=reference)
+    add('top5', row['top5'])
     if 'gain' in row:
-      add(
-        'gain',
-        row['gain'],
-        spread=row['gain_spread'],
-        samples=row['samples'],
-        reference='rgb of the same command',
-        goal=config.goal if kind.kind == 'dct' and config.goal else None,
-      )
-    add('input_bytes', row['input_bytes'])
-    add('input_values', row['input_values'])
-    add('macs', row['macs'])
-    add('parameters', row['params'])
-    if 'channels_on' in row:
-      add('channels_on', row['channels_on'])
+      goal = config.goal if setting.kind == 'dct' and config.goal else None
+      add('gain', row['gain'], spread=row['gain_spread'], reference='rgb', goal=goal)
+    for metric, key in (
+      ('input_bytes', 'input_bytes'),
+      ('input_values', 'input_values'),
+      ('macs', 'macs'),
+      ('parameters', 'params'),
+      ('channels_on', 'channels_on'),
+    ):
+      if key in row:
+        add(metric, row[key])
   ledger.append(out)
+  write_atomically(path, json.dumps(rows))
 
 
 # ---------------------------------------------------------------------------- command line

@@ -4,15 +4,20 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from configs import imagenet_freq as configs
 from experiments import imagenet_freq as experiment
 from experiments import ledger
+from fqjax import data as fd
+from fqjax import nn as fnn
+from fqjax import train
 from fqjax.data import prepare
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,6 +45,7 @@ THREE = ('rgb', 'dct_gate', 'gate_then_static')
 )
 def test_settings_are_trained_compared_and_reported(tmp_path, capsys, settings):
   config = small(settings=settings)
+  config.init.rgb, config.init.method, config.init.images = 'rgb', 'least_squares', 64
   rows = experiment.experiment(config, tmp_path)
   assert [row['setting'] for row in rows] == list(settings)
   assert 'gain' not in rows[0] and np.isfinite(rows[-1]['gain'])
@@ -64,6 +70,12 @@ def test_settings_are_trained_compared_and_reported(tmp_path, capsys, settings):
     other.optim.lr = 0.3
     experiment.experiment(other, tmp_path)
 
+  # Nor runs on other channels.
+  path = tmp_path / 'gate_then_static/seed0/channels.json'
+  path.write_text(path.read_text().replace('[', '[191, '))
+  with pytest.raises(ValueError, match='was started on channels'):
+    experiment.experiment(config, tmp_path)
+
 
 @pytest.mark.parametrize('preset', ['tiny_imagenet10', 'cifar10'])
 def test_settings_are_comparable(preset):
@@ -82,24 +94,31 @@ def test_settings_are_comparable(preset):
     assert cost[name]['macs'] == pytest.approx(cost['dct']['macs'], rel=0.12), name
 
 
-def test_outcome_goes_into_the_ledger(tmp_path, monkeypatch):
+def test_outcome_goes_into_the_ledger_once(tmp_path, monkeypatch, capsys):
   rows = [
     {
       'setting': name, 'title': name, 'top1': top1, 'spread': 0.5, 'top5': 99.0, 'seeds': 3,
       'samples': 1000, 'seconds': 1.0, 'input_bytes': 768, 'input_values': 384, 'macs': 1e6,
-      'params': 3e5,
+      'params': 3e5, 'hardware': 'a processor', 'revision': 'abc1234',
     }
     for name, top1 in (('rgb', 80.0), ('dct', 81.5))
   ]  # fmt: skip
   rows[1].update(gain=1.5, gain_spread=0.4)
   monkeypatch.setattr(ledger, 'ROOT', tmp_path)
   config = configs.get_config('cifar10')
-  config.goal = 1.0
-  experiment.record(config, rows)
+  config.goal, config.reference = 1.0, '82'
+  config.data.name = 'folder:/somewhere/private/photos'
+  experiment.record(config, tmp_path, rows)
   written, problems = ledger.read(tmp_path / 'results.csv')
   assert not problems
   gain = next(row for row in written if row.metric == 'gain')
-  assert gain.run == 'imagenet_freq/cifar10/cifar_resnet20_dct/dct6' and gain.reached == 'yes'
+  assert gain.run == 'imagenet_freq/folder-photos/cifar_resnet20_dct/square6'
+  assert (gain.reached, gain.revision, gain.hardware) == ('yes', 'abc1234', 'a processor')
+  assert [row.reference for row in written if row.metric == 'top1'] == ['', '82']
+  assert 'private' not in (tmp_path / 'results.csv').read_text()
+  experiment.record(config, tmp_path, rows)
+  assert ledger.read(tmp_path / 'results.csv')[0] == written
+  assert 'in the ledger already' in capsys.readouterr().out
 
 
 def test_error_adds_both_sources_of_variation():
@@ -116,11 +135,88 @@ def test_error_adds_both_sources_of_variation():
     ({'settings': ('rbg',)}, 'rbg'),
     ({'settings': ('gate_then_static',)}, 'dct_gate'),
     ({'size': 60}, 'divisible'),
+    ({'rgb_size': 16, 'settings': ('rgb', 'rgb_half_idct')}, 'twice'),
+    ({'data.augment': 'flop'}, 'pad_crop'),
+    ({'dct.pattern': 'round'}, 'square'),
+    ({'dct.channels': 25}, 'square24'),
+    ({'optim.schedule': 'linear'}, 'cosine'),
+    ({'init.rgb': 'nowhere.npz'}, 'nowhere'),
+    ({'init.rgb': 'rgb', 'settings': ('dct', 'rgb')}, 'starts from'),
+    ({'data.batch_size': 12}, 'must divide by 8'),
+    ({'data.eval_batch_size': 250}, 'must divide by 8'),
   ],
 )
 def test_impossible_runs_are_refused_before_training(tmp_path, changes, message):
+  config = small()
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
-    experiment.experiment(small(**changes), tmp_path)
+    experiment.experiment(config, tmp_path)
+  assert not list(tmp_path.glob('*/seed*'))
+
+
+@pytest.mark.full
+def test_two_processes_train_and_compare_together(tmp_path):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  command = [
+    sys.executable, '-m', 'experiments.imagenet_freq',
+    '--config=configs/imagenet_freq.py:demo,smoke,settings=rgb+dct', f'--workdir={tmp_path}',
+  ]  # fmt: skip
+  processes = [
+    subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env={
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'JAX_COORDINATOR_ADDRESS': address,
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(i),
+      },
+    )
+    for i in range(2)
+  ]
+  assert [p.wait(600) for p in processes] == [0, 0]
+  assert [row['setting'] for row in json.loads((tmp_path / 'results.json').read_text())] == [
+    'rgb',
+    'dct',
+  ]
+
+
+def test_gate_settles_and_logits_are_not_decayed():
+  """What the loss sees late in training is the choice that evaluation makes."""
+  config = small(settings=('dct_gate',))
+  config.unlock()
+  config.dct.statistics, config.model.norm_groups = 'none', 1
+  config.optim.epochs, config.optim.accumulate = 0.2, 2
+  config.optim.lr, config.gate.settle = 0.0, 0.5
+  source = fd.load_source('photo_patches', 'test')
+  mesh = train.make_mesh(1)
+  program = experiment.build(config, 'dct_gate', None, source, mesh)
+  x = np.zeros((1, *program.spec.output_shape), np.float32)
+  variables = jax.jit(program.model.init)({'params': jax.random.key(0)}, x)
+  state = train.create_state(
+    variables['params'],
+    {
+      'batch_stats': variables['batch_stats'],
+      'calls': np.int32(0),
+      'selection': fnn.init_selection(192),
+    },
+    program.tx,
+    jax.random.key(1),
+  )
+  batch = next(iter(fd.Loader(source, batch_size=16)))
+  on = []
+  for _ in range(program.total_steps):
+    state, metrics = program.step(state, train.shard_batch(batch, mesh))
+    on.append(float(metrics['channels_on']))
+  half = round(0.5 * program.total_steps)
+  assert all(n < 185 for n in on[:half]) and all(n == 192 for n in on[half:])
+  decayed = train.decay_mask(variables['params'])
+  assert not any(decayed['gate'][name] for name in ('logit_bias', 'logit_scale'))
+  assert decayed['gate']['squeeze']['kernel']
 
 
 def test_command_line_is_parsed_as_the_program_would():
