@@ -18,7 +18,8 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 4
 
-test-all: $(STAMP)
+# With the peers of the benchmarks, whose tests skip without them.
+test-all: $(BENCH_STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 4 -m 'full or not full'
 
 # The lowest versions pyproject.toml admits, in an environment of their own.
@@ -38,6 +39,7 @@ bench: $(BENCH_STAMP)
 	$(PY) -m benchmarks.transforms --json runs/transforms.json
 	$(PY) -m benchmarks.input --json runs/input.json
 	$(PY) -m benchmarks.train_step --json runs/train_step.json
+	$(PY) -m benchmarks.collectives --json runs/collectives.json
 
 ledger: $(DEMO_STAMP)
 	$(PY) -m experiments.ledger

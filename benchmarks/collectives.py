@@ -4,7 +4,8 @@
   python -m benchmarks.collectives --write docs/pods.md
 
 Compiles the step for simulated devices (a process per count; nothing runs) and adds up the operands
-of its collectives. `--write` replaces the table between the markers of a Markdown file.
+of its collectives. `--write` replaces the table between the markers of a Markdown file; `--record`
+keeps the totals of 8 and of 256 devices.
 """
 
 import json
@@ -24,6 +25,7 @@ _SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 _COLLECTIVE = re.compile(
   r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\('
 )
+_RECORDED = (8, 256)
 _BEGIN, _END = '<!-- collectives: begin -->', '<!-- collectives: end -->'
 
 
@@ -157,21 +159,24 @@ def main(argv=None) -> None:
   counts = [1, 2, 4] if args.small else [int(n) for n in args.devices.split(',')]
   names = args.models.split(',')[: 1 if args.small else None]
   tables, rows = [], []
+  metrics: dict[str, str | None] = {}
   for model in names:
     results = []
     for n in counts:
       shared, grouped = (in_process(model, n, args.per_device, g) for g in (False, True))
       results.append((n, shared, grouped))
-      for name, result in (('batch norm over all', shared), ('batch norm per device', grouped)):
+      for norm, result in (('batch norm over all', shared), ('batch norm per device', grouped)):
         size = sum(result['bytes'].values())
         # What data parallelism cannot do without: one float32 gradient of every parameter.
         least = result['parameter_bytes'] if n > 1 else 0
+        name = f'{model}/{n} devices/{norm}'
+        metrics[name] = 'collective_bytes' if n in _RECORDED else None
         rows.append(
           {
-            'name': f'{model}/{n} devices/{name}',
+            'name': name,
             'value': size,
             'unit': 'bytes per step and device',
-            'peer': 'one gradient',
+            'peer': 'one gradient' if size else None,
             'ratio': least / size if size else None,
             'goal': None,
             'spread': None,
@@ -182,7 +187,7 @@ def main(argv=None) -> None:
   print(text)
   if args.write:
     write_table(args.write, text)
-  common.finish(args, rows)
+  common.finish(args, rows, data=f'{args.per_device} examples per device', metrics=metrics)
 
 
 if __name__ == '__main__':

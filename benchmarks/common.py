@@ -1,14 +1,15 @@
 """What every benchmark shares: arguments, interleaved timing, ratios, tables, JSON, the ledger.
 
 A row is a dict with the keys of `KEYS`. `value` is what was measured, in `unit`; `ratio` compares it
-with `peer`, larger is better; `goal` is the ratio asked for; `spread` is the standard error of the
-ratio (of the value where there is no ratio). `peer`, `ratio`, `goal` and `spread` may be None.
+with `peer`, larger is better. `goal` is the ratio asked for and `spread` the ratio's standard error;
+where there is no ratio, both are the value's. `peer`, `ratio`, `goal` and `spread` may be None.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import ctypes
+import importlib
 import json
 import math
 import multiprocessing
@@ -28,6 +29,15 @@ KEYS = ('name', 'value', 'unit', 'peer', 'ratio', 'goal', 'spread')
 # The peer of rows whose ratio is the share of the machine's memory bandwidth.
 COPY = 'plain copy'
 
+# What the value of a row without a ratio is called in the ledger, by its unit.
+METRICS = {
+  'images/s per core': 'images_per_second',
+  'ms per step': 'step_overhead',
+  'programs': 'compilations',
+  'bytes per image': 'input_bytes',
+  'bytes per step and device': 'collective_bytes',
+}
+
 Row = dict[str, Any]
 
 
@@ -40,6 +50,20 @@ def parser(doc: str | None, repeats: int = 10) -> argparse.ArgumentParser:
   result.add_argument('--record', action='store_true', help='append the rows to results.csv')
   result.add_argument('--repeats', type=int, default=repeats, help='timed calls of each contender')
   return result
+
+
+def import_peer(name: str) -> Any:
+  """The module of a library that is measured against; imported where it is used.
+
+  Raises:
+    SystemExit: it is not installed; says how to install it.
+  """
+  try:
+    return importlib.import_module(name)
+  except ImportError as e:
+    raise SystemExit(
+      f"{e.name or name} is missing, which is measured against: pip install -e '.[bench]'"
+    ) from e
 
 
 # Timing
@@ -190,16 +214,24 @@ def _call_and_measure(function, args) -> int:
 # Results
 
 
-def finish(args: argparse.Namespace, rows: Sequence[Row], data: str = '') -> None:
+def finish(
+  args: argparse.Namespace,
+  rows: Sequence[Row],
+  data: str = '',
+  metrics: Mapping[str, str | None] | None = None,
+) -> None:
   """Prints the rows as a table and writes them where the command line says.
 
   Args:
     args: from `parser`.
     rows: see the module's docstring.
     data: what was measured on, for the ledger ('64x224x224x3').
+    metrics: for the ledger, by name of a row: record its value, not its ratio, as this metric; None
+      leaves the row out. Rows that are not named are recorded by their ratio, or without one by
+      the metric that `METRICS` has for their unit.
 
   Raises:
-    ValueError: a row lacks a key or has another one.
+    ValueError: a row lacks a key or has another one, or no metric is known for its unit.
   """
   rows = [dict(row) for row in rows]
   for row in rows:
@@ -214,7 +246,9 @@ def finish(args: argparse.Namespace, rows: Sequence[Row], data: str = '') -> Non
   if args.record:
     from experiments import ledger
 
-    ledger.append([ledger_row(row, data) for row in rows if row['ratio'] is not None])
+    metrics = metrics or {}
+    recorded = [row for row in rows if metrics.get(row['name'], '') is not None]
+    ledger.append([ledger_row(row, data, metric=metrics.get(row['name'])) for row in recorded])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -222,7 +256,7 @@ def table(rows: Sequence[Row]) -> str:
   lines = [('', 'value', 'unit', 'ratio', '+-', 'goal', '', 'peer')]
   for row in rows:
     ratio, goal = row['ratio'], row['goal']
-    reached = '' if goal is None or ratio is None else 'ok' if ratio >= goal else 'BELOW'
+    reached = {None: '', True: 'ok', False: 'BELOW'}[_reached(row)]
     peer = row['peer'] if isinstance(row['peer'], str) else _short(row['peer'])
     lines.append(
       (row['name'], _short(row['value']), row['unit'], _short(ratio), _short(row['spread']))
@@ -239,20 +273,54 @@ def table(rows: Sequence[Row]) -> str:
   )
 
 
-def ledger_row(row: Row, data: str = '', module: str | None = None):
-  """A row of results.csv: `run` is MODULE/DATA/BACKEND/NAME, the value is the ratio."""
+def _reached(row: Row) -> bool | None:
+  """Whether a row meets its goal; None without one, or where nobody said which way is better."""
+  from experiments import ledger
+
+  metric = _metric(row)
+  if row['goal'] is None or metric is None:
+    return None
+  value = row['value'] if row['ratio'] is None else row['ratio']
+  return bool(value >= row['goal'] if ledger.METRICS[metric].larger else value <= row['goal'])
+
+
+def _metric(row: Row) -> str | None:
+  """What the ledger calls the number that counts of a row."""
+  if row['ratio'] is None:
+    return METRICS.get(row['unit'])
+  return 'bandwidth_fraction' if row['peer'] == COPY else 'ratio'
+
+
+def ledger_row(row: Row, data: str = '', module: str | None = None, metric: str | None = None):
+  """A row of results.csv: `run` is MODULE/DATA/BACKEND/NAME.
+
+  The value is the ratio, or the row's own value where there is no ratio or a `metric` is given.
+  """
   from experiments import ledger
 
   command = ledger.command(module=module)
   parts = command.split()[2], data or 'none', jax.default_backend(), row['name']
-  milliseconds = {'ms': 1.0, 's': 1e3}.get(row['unit'].split()[0])
+  has_ratio, by_ratio = row['ratio'] is not None, row['ratio'] is not None and metric is None
+  metric = metric or _metric(row)
+  if metric is None:
+    raise ValueError(
+      f'{row["name"]}: no metric is known for values in {row["unit"]!r}; give one in METRICS of '
+      'benchmarks/common.py.'
+    )
+  # Beside a ratio stands what it was made of.
+  milliseconds = {'ms': 1.0, 's': 1e3}.get(row['unit'].split()[0]) if by_ratio else None
+  size = row['value'] if by_ratio and row['unit'].split()[0] in ('B', 'bytes') else None
+  # Goal, spread and peer belong to the ratio where there is one.
+  own = by_ratio or not has_ratio
+  reference = row['peer'] if isinstance(row['peer'], str) else _short(row['peer'])
   return ledger.Row(
     run='/'.join(re.sub(r'[^\w.+-]+', '-', part).strip('-') for part in parts),
-    metric='bandwidth_fraction' if row['peer'] == COPY else 'ratio',
-    value=row['ratio'],
-    spread=row['spread'],
-    goal=row['goal'],
-    reference=row['peer'] if isinstance(row['peer'], str) else _short(row['peer']),
+    metric=metric,
+    value=row['ratio'] if by_ratio else row['value'],
+    spread=row['spread'] if own else None,
+    goal=row['goal'] if own else None,
+    reference=reference if own else '',
+    bytes=size,
     milliseconds=None if milliseconds is None else row['value'] * milliseconds,
     data=data,
     command=command,

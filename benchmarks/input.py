@@ -216,30 +216,33 @@ def main(argv=None) -> None:
 
   speed = {k: len(images) / np.median(v) for k, v in seconds.items()}
   best = max(pixel, key=lambda k: speed[k])
-  coefficients = BLOCKS * BLOCKS * len(CHANNELS) * 2
   sent = {
-    **dict.fromkeys(pixel, SIZE * SIZE * 3 * 4),
+    'float32 pixels': SIZE * SIZE * 3 * 4,
     # Whole files, three components, whatever their size.
-    **dict.fromkeys(file, round(2 * np.mean([_samples(b) for b in images]))),
-    **dict.fromkeys(stored, coefficients),
+    'coefficients of whole files': round(2 * np.mean([_samples(b) for b in images])),
+    'stored coefficients': BLOCKS * BLOCKS * len(CHANNELS) * 2,
   }
   rows = []
   for k in seconds:
-    per_run = len(images) / np.asarray(seconds[k])
-    spread = float(per_run.std(ddof=1) / math.sqrt(len(per_run))) if len(per_run) > 1 else 0.0
-    goal = 3.0 if k == 'stored, none' else None
+    row = {'name': f'input/{k}', 'value': float(speed[k]), 'unit': 'images/s per core'}
+    if k == best:  # the others' peer
+      rate = len(images) / np.asarray(seconds[k])
+      spread = float(rate.std(ddof=1) / math.sqrt(len(rate))) if len(rate) > 1 else None
+      rows.append(row | {'peer': None, 'ratio': None, 'goal': None, 'spread': spread})
+    else:
+      ratio, spread = common.speedup(seconds[k], seconds[best])
+      goal = 3.0 if k == 'stored, none' else None
+      rows.append(row | {'peer': best, 'ratio': ratio, 'goal': goal, 'spread': spread})
+  for peer, peer_bytes, sizes, where in (
+    ('uint8 RGB', SIZE * SIZE * 3, sent, 'to the device'),
+    ('jpeg files', mean_bytes, disk, 'on disk'),
+  ):
     rows += [
-      {'name': f'input/{k}', 'value': float(speed[k]), 'unit': 'images/s per core', 'peer': best,
-       'ratio': float(speed[k] / speed[best]), 'goal': goal, 'spread': spread},
-      {'name': f'input/{k}/to the device', 'value': sent[k], 'unit': 'bytes per image',
-       'peer': 'uint8 RGB', 'ratio': SIZE * SIZE * 3 / sent[k], 'goal': None, 'spread': 0.0},
+      {'name': f'input/{k}/{where}', 'value': size, 'unit': 'bytes per image', 'peer': peer,
+       'ratio': peer_bytes / size, 'goal': None, 'spread': None}
+      for k, size in sizes.items()
     ]  # fmt: skip
-  for k, size in {**disk, 'jpeg files': mean_bytes}.items():
-    rows.append(
-      {'name': f'input/{k}/on disk', 'value': size, 'unit': 'bytes per image',
-       'peer': 'jpeg files', 'ratio': mean_bytes / size, 'goal': None, 'spread': 0.0}
-    )  # fmt: skip
-  common.finish(args, rows)
+  common.finish(args, rows, data=name)
 
 
 def _samples(encoded: bytes) -> int:

@@ -18,10 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import jax.scipy.fft
-import jaxwt
 import numpy as np
-import pywt
-import scipy.fft
 
 from benchmarks import common
 from fqjax import ops
@@ -46,6 +43,7 @@ def call(function: Callable, *args) -> Callable[[], object]:
 
 def dct_contenders(x: np.ndarray, axes: tuple[int, int]) -> dict[str, Contenders]:
   """The DCT of two axes of an array whose axes already separate blocks from what is in them."""
+  scipy_fft = common.import_peer('scipy.fft')
   device = jnp.asarray(x)
   settings = dict(axes=axes, norm='ortho')
   return {
@@ -55,7 +53,7 @@ def dct_contenders(x: np.ndarray, axes: tuple[int, int]) -> dict[str, Contenders
     },
     'SciPy': {
       f'scipy.fft.dctn, {n} workers': call(
-        functools.partial(scipy.fft.dctn, workers=n, **settings), x
+        functools.partial(scipy_fft.dctn, workers=n, **settings), x
       )
       for n in worker_counts()
     },
@@ -64,6 +62,7 @@ def dct_contenders(x: np.ndarray, axes: tuple[int, int]) -> dict[str, Contenders
 
 def channel_contenders(x: np.ndarray, size: int = 8) -> dict[str, Contenders]:
   """Image in, one channel per frequency out: what a network reads."""
+  scipy_fft = common.import_peer('scipy.fft')
   n, h, w, c = x.shape
   device = jnp.asarray(x)
 
@@ -82,7 +81,7 @@ def channel_contenders(x: np.ndarray, size: int = 8) -> dict[str, Contenders]:
     },
     'SciPy': {
       f'scipy.fft.dctn, {k} workers': call(
-        blocks_to_channels(functools.partial(scipy.fft.dctn, workers=k)), x
+        blocks_to_channels(functools.partial(scipy_fft.dctn, workers=k)), x
       )
       for k in worker_counts()
     },
@@ -93,6 +92,7 @@ def wavelet_contenders(
   x: np.ndarray, axes: tuple[int, int], wavelet: str, level: int
 ) -> dict[str, Contenders]:
   """Several levels over two axes; jaxwt also with the axes moved and the rest folded by hand."""
+  pywt, jaxwt = common.import_peer('pywt'), common.import_peer('jaxwt')
   device = jnp.asarray(x)
   settings = dict(level=level, axes=axes)
 

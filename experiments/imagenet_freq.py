@@ -516,7 +516,12 @@ def network_costs(model, spec) -> dict[str, float]:
 def initial_variables(config, program: Program, name: str, key, source, folder):
   """Random variables, or those of an RGB network as `config.init` says."""
   x = jnp.zeros((1, *program.spec.output_shape))
-  variables = jax.jit(program.model.init)({'params': key, 'gate': key}, x)
+  # Runs once: optimising its program for the CPU would take longer than everything it computes.
+  cheap = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+  init = jax.jit(
+    program.model.init, compiler_options=cheap if jax.default_backend() == 'cpu' else None
+  )
+  variables = init({'params': key, 'gate': key}, x)
   if not config.init.rgb or (config.init.rgb == 'rgb' and name == 'rgb'):
     return variables
   rgb_model = make_network(config, 'rgb', make_spec(config, 'rgb', None, None), source.num_classes)

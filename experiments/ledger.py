@@ -82,7 +82,7 @@ METRICS = {
   'step_time': Metric('ms', False, 'one training step'),
   'step_overhead': Metric('ms', False, 'host time of a step that computes almost nothing'),
   'compilations': Metric('1', False, 'programs compiled after the first step'),
-  'collective_bytes': Metric('B', False, 'bytes one device sends to others in a step'),
+  'collective_bytes': Metric('B', False, 'result of all collectives of a step, per device'),
   'peak_memory': Metric('B', False, 'most memory held at once'),
   'max_error': Metric('1', False, 'largest absolute difference to the reference'),
   'duration': Metric('s', False, 'wall time of the whole command'),
@@ -516,22 +516,35 @@ def parse_flags(argv: Sequence[str], define: Callable[[Any], object]) -> Any:
 def check_command(text: str) -> str | None:
   """What is wrong with a command of the ledger, or None if it would still start.
 
-  Imports the module and calls its `parse_command` with the words that follow.
+  Imports the module and calls its `parse_command` with the words that follow. Both can run code,
+  so only modules and config files of this source tree are let through: a row somebody else wrote
+  is checked like any other.
 
   Example:
     >>> check_command('python -m experiments.gone --lr=1')
     'no module experiments.gone'
   """
-  words = shlex.split(text)
+  try:
+    words = shlex.split(text)
+  except ValueError as error:
+    return f'is no command line: {error}'
   if len(words) < 3 or words[:2] != ['python', '-m']:
     return 'is not `python -m MODULE ...`'
   name, argv = words[2], words[3:]
-  said = io.StringIO()
+  if not re.fullmatch(r'(experiments|benchmarks)(\.\w+)+', name):
+    return f'{name} is not run: only modules of experiments and benchmarks are'
   try:
-    if importlib.util.find_spec(name) is None:
-      return f'no module {name}'
-  except ModuleNotFoundError:
+    spec = importlib.util.find_spec(name)
+  except Exception:  # whatever a package above it raises
+    spec = None
+  if spec is None or spec.origin is None:
     return f'no module {name}'
+  if not _in_tree(spec.origin):
+    return f'{name} is not run: it lies outside of the source tree'
+  outside = _foreign_file(argv)
+  if outside:
+    return outside
+  said = io.StringIO()
   try:
     with contextlib.chdir(ROOT), contextlib.redirect_stderr(said):
       module = importlib.import_module(name)
@@ -548,6 +561,30 @@ def check_command(text: str) -> str | None:
       return kind
     # A KeyError says no more than the name it missed.
     return f'{kind}: {lines[-1]}' if isinstance(error, LookupError) else lines[-1].strip()
+  return None
+
+
+def _in_tree(path: str) -> bool:
+  root = ROOT.resolve()
+  return (root / path).resolve().is_relative_to(root)
+
+
+def _foreign_file(argv: Sequence[str]) -> str | None:
+  """What is wrong with the first word that would have a file from elsewhere read or executed."""
+  for i, word in enumerate(argv):
+    match = re.fullmatch(r'--?([\w.-]+)(?:=(.*))?', word, re.DOTALL)
+    name, value = (match[1], match[2]) if match else ('', word)
+    if name == 'flagfile':
+      return f'{word}: flags are read from no file here, write them out'
+    # `--config=PATH:ARGUMENT`; any other flag may name a Python file too.
+    path = (''.join(argv[i + 1 : i + 2]) if value is None else value).split(':')[0]
+    if name != 'config' and not path.endswith('.py'):
+      continue
+    parts = pathlib.PurePath(path).parts
+    if pathlib.PurePath(path).is_absolute() or '..' in parts or not _in_tree(path):
+      return (
+        f'{path} is not read: a config file is named relative to the source tree and lies in it'
+      )
   return None
 
 

@@ -1,6 +1,8 @@
 """The benchmarks run at tiny sizes and write rows of one form; their arithmetic is right."""
 
+import importlib
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +79,8 @@ def test_finish_records(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(ledger, 'append', written.extend)
   args = common.parser('text').parse_args(['--record', '--json', str(tmp_path / 'rows.json')])
   bandwidth = {**ROW, 'name': 'b', 'peer': common.COPY, 'ratio': np.float32(0.5), 'goal': None}
-  without = {**ROW, 'name': 'c', 'peer': 3, 'ratio': None, 'spread': None}
-  common.finish(args, [ROW, bandwidth, without], data='64x224x224x3')
-  check_json(tmp_path / 'rows.json', 3)
+  common.finish(args, [ROW, bandwidth], data='64x224x224x3')
+  check_json(tmp_path / 'rows.json', 2)
   assert 'haar level 1' in capsys.readouterr().out
   assert [row.metric for row in written] == ['ratio', 'bandwidth_fraction']
   run = written[0].run.split('/')
@@ -87,6 +88,80 @@ def test_finish_records(tmp_path, monkeypatch, capsys):
   assert (written[0].value, written[0].goal, written[0].milliseconds) == (4.5, 4.0, 2.5)
   with pytest.raises(ValueError, match='has the keys'):
     common.finish(args, [{'name': 'x'}])
+
+
+def test_rows_without_a_ratio_are_recorded_as_what_they_are(tmp_path, monkeypatch, capsys):
+  written = []
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  args = common.parser('text').parse_args(['--record', '--json', str(tmp_path / 'rows.json')])
+  plain = {**ROW, 'peer': None, 'ratio': None, 'goal': None}
+  sent = {**ROW, 'value': 300, 'unit': 'bytes per step and device', 'peer': 'one gradient'}
+  rows = [
+    {**plain, 'name': 'host', 'unit': 'ms per step', 'goal': 2.0},
+    {**plain, 'name': 'compiled', 'value': 0, 'unit': 'programs', 'goal': 0},
+    {**plain, 'name': 'pillow', 'unit': 'images/s per core'},
+    {**sent, 'name': 'sent'},
+    {**sent, 'name': 'sent, as ratio'},
+    {**sent, 'name': 'sent, not recorded'},
+  ]
+  metrics = {'sent': 'collective_bytes', 'sent, not recorded': None}
+  common.finish(args, rows, metrics=metrics)
+  check_json(tmp_path / 'rows.json', 6)
+  assert [(r.metric, r.value, r.goal, r.spread, r.reference, r.reached) for r in written] == [
+    ('step_overhead', 2.5, 2.0, 0.1, '', 'no'),
+    ('compilations', 0, 0, 0.1, '', 'yes'),
+    ('images_per_second', 2.5, None, 0.1, '', ''),
+    ('collective_bytes', 300, None, None, '', ''),
+    ('ratio', 4.5, 4.0, 0.1, 'one gradient', 'yes'),
+  ]
+  # Beside a ratio stands the number it was made of, and only there.
+  assert [r.bytes for r in written] == [None, None, None, None, 300]
+  assert [r.milliseconds for r in written] == [None] * 5
+  lines = capsys.readouterr().out.splitlines()
+  shown = {line.split('  ')[0]: line for line in lines}
+  assert 'BELOW' in shown['host'] and 'ok' in shown['compiled']
+  for metric in common.METRICS.values():
+    assert metric in ledger.METRICS
+  with pytest.raises(ValueError, match="c: no metric is known for values in 'furlong'"):
+    common.finish(args, [{**plain, 'name': 'c', 'unit': 'furlong'}])
+
+
+def test_collectives_keep_the_ledger_short(monkeypatch, capsys):
+  from benchmarks import collectives
+
+  written = []
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  result = {'bytes': {'all-reduce': 100, 'all-gather': 20}, 'count': 2, 'parameter_bytes': 96}
+  alone = {'bytes': {}, 'count': 0, 'parameter_bytes': 96}
+  monkeypatch.setattr(collectives, 'in_process', lambda model, n, *_: alone if n == 1 else result)
+  collectives.main(['--record', '--models', 'a,b', '--devices', '1,4,8,256'])
+  assert {(row.metric, row.value) for row in written} == {('collective_bytes', 120)}
+  assert [row.run.split('/', 3)[1::2] for row in written] == [
+    ['4-examples-per-device', f'{model}-{n}-devices-batch-norm-{norm}']
+    for model in 'ab' for n in (8, 256) for norm in ('over-all', 'per-device')
+  ]  # fmt: skip
+  assert '| 4 | 2 | 0.000 |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['jaxwt', 'pywt', 'scipy.fft'])
+def test_a_missing_peer_is_named_where_it_is_used(monkeypatch, name):
+  for missing in ('jaxwt', 'pywt', 'scipy', 'scipy.fft'):
+    monkeypatch.setitem(sys.modules, missing, None)
+  monkeypatch.delitem(sys.modules, 'benchmarks.transforms', raising=False)
+  # The ledger's check of a command needs no peer.
+  ledger.check_command.cache_clear()
+  assert ledger.check_command('python -m benchmarks.transforms --repeats 3') is None
+  with pytest.raises(SystemExit, match=rf"{name} is missing.*pip install -e '\.\[bench\]'"):
+    common.import_peer(name)
+  x = np.zeros((1, 8, 8, 1), np.float32)
+  transforms = importlib.import_module('benchmarks.transforms')
+  for use in (
+    lambda: transforms.wavelet_contenders(x, (1, 2), 'haar', 1),
+    lambda: transforms.dct_contenders(x, (1, 2)),
+    lambda: transforms.channel_contenders(x),
+  ):
+    with pytest.raises(SystemExit, match='pip install'):
+      use()
 
 
 def test_machine():
@@ -98,10 +173,7 @@ def test_machine():
 
 
 def test_every_benchmark_takes_the_common_flags(tmp_path):
-  import importlib
-
   for name in ('collectives', 'input', 'train_step', 'transforms'):
-    pytest.importorskip({'transforms': 'jaxwt'}.get(name, 'jax'))
     module = importlib.import_module(f'benchmarks.{name}')
     args = module.parse_command(['--json', str(tmp_path / 'x.json'), '--record', '--repeats', '3'])
     assert args.record and args.repeats == 3 and args.json.name == 'x.json'
@@ -112,15 +184,17 @@ def test_every_benchmark_takes_the_common_flags(tmp_path):
   'name, flags',
   [('input', ['--images', '10']), ('train_step', ['--small']), ('collectives', ['--small'])],
 )
-def test_small_runs_write_rows(tmp_path, name, flags):
-  import importlib
-
+def test_small_runs_write_rows(tmp_path, monkeypatch, name, flags):
   if name == 'input':
     pytest.importorskip('cv2'), pytest.importorskip('simplejpeg'), pytest.importorskip('jpeglib')
   path = tmp_path / 'rows.json'
   module = importlib.import_module(f'benchmarks.{name}')
-  module.main([*flags, '--repeats', '2', '--json', str(path)])
-  check_json(path)
+  written = []
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  module.main([*flags, '--repeats', '2', '--json', str(path), '--record'])
+  rows = check_json(path)
+  # All that was measured; of the collectives only counts that --small leaves out.
+  assert len(written) == (0 if name == 'collectives' else len(rows))
 
 
 @pytest.mark.full

@@ -7,6 +7,7 @@ of the image it came from; nothing in it can execute.
 
 import json
 import pathlib
+import re
 import struct
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ class RecordSource(Source):
 
   Raises:
     FileNotFoundError: no such set or split, or it is unfinished.
-    ValueError: metadata of another version, or shards that are missing or of another size.
+    ValueError: metadata of another version or without what is needed, or shards that are missing,
+      of another size or outside of the folder.
   """
 
   def __init__(self, path: str | pathlib.Path, split: str = 'train'):
@@ -172,8 +174,17 @@ class RecordSource(Source):
     self._source = self._open()
 
 
+def _need_keys(values: Any, keys: tuple[str, ...], path: pathlib.Path) -> None:
+  missing = [k for k in keys if not isinstance(values, dict) or k not in values]
+  if missing:
+    raise ValueError(
+      f'{path} is not whole, it lacks {", ".join(map(repr, missing))}: copy the set again or '
+      'prepare it anew.'
+    )
+
+
 def read_metadata(folder: pathlib.Path, root: pathlib.Path) -> dict[str, Any]:
-  """Reads and checks the metadata of one split."""
+  """Reads and checks the metadata of one split; raises as `RecordSource` does."""
   path = folder / METADATA
   if not path.is_file():
     if folder.is_dir():
@@ -186,16 +197,27 @@ def read_metadata(folder: pathlib.Path, root: pathlib.Path) -> dict[str, Any]:
       f'no prepared set in {folder.absolute()} (splits in {root}: {", ".join(there) or "none"}). '
       f'Write one: python -m fqjax.data.prepare --from SOURCE --split {folder.name} --out {root}'
     )
-  metadata = json.loads(path.read_text(encoding='utf-8'))
-  if metadata.get('format') != FORMAT or metadata.get('version') != VERSION:
+  try:
+    metadata = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged ({e}): copy the set again or prepare it anew.') from e
+  _need_keys(metadata, ('format', 'version'), path)
+  if metadata['format'] != FORMAT or metadata['version'] != VERSION:
     raise ValueError(
-      f'{path} is {metadata.get("format")} version {metadata.get("version")}; this fqjax reads '
+      f'{path} is {metadata["format"]} version {metadata["version"]}; this fqjax reads '
       f'{FORMAT} version {VERSION}.'
     )
+  _need_keys(metadata, ('kind', 'count', 'class_names', 'skipped', 'plan', 'shards'), path)
   for shard in metadata['shards']:
+    _need_keys(shard, ('file', 'count', 'bytes'), path)
+    # Before the file is looked at: a set from elsewhere says nothing about other folders.
+    if shard['file'] in ('', '.', '..') or re.search(r'[/\\:\0]', shard['file']):
+      raise ValueError(
+        f'{path} names a shard outside of its folder, {shard["file"]!r}: do not use this set.'
+      )
     file = folder / shard['file']
     size = file.stat().st_size if file.is_file() else None
-    if pathlib.PurePath(shard['file']).name != shard['file'] or size != shard['bytes']:
+    if size != shard['bytes']:
       raise ValueError(
         f'{file} should have {shard["bytes"]} bytes and '
         f'{"is missing" if size is None else f"has {size}"}: copy the set again or prepare it anew.'

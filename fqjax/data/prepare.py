@@ -47,7 +47,7 @@ class Plan:
     resize: resize the shorter side to this, in pixels; None keeps the size.
     crop: then cut the central square of this side; None keeps everything.
     quality: JPEG quality where pixels have to be encoded anew.
-    block: side of a DCT block.
+    block: side of a DCT block, at most 256 (int16 holds no larger coefficients).
     channels: coefficient channels to keep; None keeps all.
     chroma: 'filtered' or 'full'.
     rounding: round luma samples and coefficients as a JPEG file does.
@@ -80,6 +80,11 @@ class Plan:
       raise ValueError(f"compression={self.compression!r}: choose 'none' or 'zstd'.")
     if self.crop is not None and self.resize is not None and self.crop > self.resize:
       raise ValueError(f'crop={self.crop} is larger than the image after resize={self.resize}.')
+    if self.kind == 'coefficients' and not 1 <= self.block <= 256:
+      # The mean coefficient reaches 128 * block, no other one comes as far: -32768 just fits.
+      raise ValueError(
+        f'block={self.block}: int16 holds the coefficients of blocks of 1 to 256 pixels only.'
+      )
     if self.kind == 'coefficients' and self.crop is not None and self.crop % self.block:
       raise ValueError(f'crop={self.crop} is not a whole number of blocks of {self.block}.')
     if self.shard_size < 1:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.fft
 
 from fqjax import data, ops
 from fqjax.data import _coefficients, _records, prepare
@@ -108,6 +109,20 @@ def test_coefficients_of_other_blocks_and_sizes_keep_whole_blocks(folder, tmp_pa
   )
   np.testing.assert_array_equal(source[3]['coefficients'], np.rint(want).astype(np.int16))
   assert source.metadata['chroma'] == 'full'
+
+
+def test_blocks_whose_coefficients_would_wrap_are_refused():
+  for block, fits in ((256, True), (257, False)):
+    # The most that samples of -128 to 127.5 can add up to, at the worst frequency.
+    basis = scipy.fft.dct(np.eye(block), norm='ortho', axis=0)
+    worst = np.abs(basis).sum(axis=1).max() ** 2
+    assert (round(128 * worst) <= 32768 and 127.5 * worst < 32767) == fits
+    if fits:
+      assert plan(kind='coefficients', block=block).block == block
+    else:
+      with pytest.raises(ValueError, match='block=257: int16 holds'):
+        plan(kind='coefficients', block=block)
+  assert plan(block=512).block == 512  # pixels have no blocks
 
 
 def test_damaged_images_are_left_out_and_named(folder, tmp_path, capsys):
@@ -243,6 +258,7 @@ def test_tfds_set(tmp_path):
     ({'resize': 16, 'crop': 17}, 'larger than the image'),
     ({'kind': 'coefficients', 'crop': 20}, 'whole number of blocks of 8'),
     ({'shard_size': 0}, 'at least 1'),
+    ({'kind': 'coefficients', 'block': 0, 'crop': 8}, 'blocks of 1 to 256'),
   ],
 )
 def test_plans_that_do_not_fit(options, words):

@@ -116,8 +116,46 @@ def test_shards_cannot_point_outside(prepared):
   (prepared / file).write_bytes((folder / file).read_bytes())
   metadata['shards'][0]['file'] = '../' + file
   edit(folder, shards=metadata['shards'])
-  with pytest.raises(ValueError, match='copy the set again'):
+  with pytest.raises(ValueError, match='names a shard outside of its folder'):
     data.load_source(f'records:{prepared}', 'test')
+
+
+@pytest.mark.parametrize('file', ['/etc/hostname', '../nowhere', 'a/../b', '..', '', 'c:x', 'a\\b'])
+def test_paths_of_shards_are_refused_before_they_are_looked_at(prepared, monkeypatch, file):
+  folder = prepared / 'test'
+  shards = json.loads((folder / 'metadata.json').read_text())['shards']
+  shards[0]['file'] = file
+  edit(folder, shards=shards)
+  looked_at = []
+  monkeypatch.setattr(type(folder), 'stat', lambda self, **_: looked_at.append(self))
+  monkeypatch.setattr(type(folder), 'is_file', lambda self: self.name == 'metadata.json')
+  with pytest.raises(ValueError, match=r'metadata\.json names a shard outside') as caught:
+    _records.read_metadata(folder, prepared)
+  assert repr(file) in str(caught.value) and looked_at == []
+
+
+@pytest.mark.parametrize('key', ['format', 'kind', 'count', 'class_names', 'plan', 'shards'])
+def test_metadata_without_a_key_names_file_and_key(prepared, key):
+  path = prepared / 'test' / 'metadata.json'
+  metadata = json.loads(path.read_text())
+  del metadata[key]
+  path.write_text(json.dumps(metadata))
+  with pytest.raises(ValueError, match=rf"{path} is not whole, it lacks '{key}'"):
+    data.load_source(f'records:{prepared}', 'test')
+
+
+def test_damaged_metadata_names_the_file(prepared):
+  path = prepared / 'test' / 'metadata.json'
+  metadata = json.loads(path.read_text())
+  del metadata['shards'][1]['bytes']
+  for text, words in (
+    (json.dumps(metadata), "lacks 'bytes'"),
+    ('[]', "lacks 'format', 'version'"),
+    (path.read_text()[:50], 'is damaged'),
+  ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f'{path} .*{words}'):
+      data.load_source(f'records:{prepared}', 'test')
 
 
 def test_damage_inside_a_shard_is_a_corrupt_image(prepared):

@@ -23,6 +23,13 @@ from fqjax.data import prepare
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """Eight simulated devices compile and run several times longer; other tests have them."""
+  make_mesh = train.make_mesh
+  monkeypatch.setattr(train, 'make_mesh', lambda: make_mesh(1))
+
+
 def small(arg='demo,smoke', **changes):
   config = configs.get_config(arg)
   config.data.batch_size = 16
@@ -43,7 +50,7 @@ THREE = ('rgb', 'dct_gate', 'gate_then_static')
 @pytest.mark.parametrize(
   'settings', [THREE, pytest.param(configs.ALL_SETTINGS, marks=pytest.mark.full)]
 )
-def test_settings_are_trained_compared_and_reported(tmp_path, capsys, settings):
+def test_settings_are_trained_compared_and_reported(tmp_path, capsys, settings, one_device):
   config = small(settings=settings)
   config.init.rgb, config.init.method, config.init.images = 'rgb', 'least_squares', 64
   rows = experiment.experiment(config, tmp_path)
@@ -238,7 +245,7 @@ def test_command_line_is_parsed_as_the_program_would():
     pytest.param('mobilenet_v2', 'mobilenet_v2', marks=pytest.mark.full),
   ],
 )
-def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path, preset, network):
+def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path, preset, network, one_device):
   """The presets, cut in size alone, reading TFDS `imagenet2012`."""
   from tests.tiny_tfds import write_tiny_imagenet
 
@@ -247,6 +254,7 @@ def test_imagenet_recipe_on_a_tiny_set_in_its_own_format(tmp_path, preset, netwo
   config.model.name = network
   config.data.data_dir = os.fspath(tmp_path / 'tfds')
   config.data.workers = 0
+  config.settings = ('dct',)
   config.data.batch_size = config.data.eval_batch_size = 8
   config.size, config.rgb_size = 64, 32
   config.dct.statistics_images = 8

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 
+import experiments
 from experiments import ledger
 
 RUN = 'imagenet_freq/cifar10/cifar_resnet20_dct/static6'
@@ -144,7 +146,8 @@ def test_command_names_the_module_that_was_started(tmp_path):
   assert out.stdout.strip() == 'python -m tool --workdir DIR', out.stderr
 
 
-def test_revision_and_hardware(tmp_path):
+@pytest.mark.skipif(shutil.which('git') is None, reason='git is not installed')
+def test_revision_of_a_tree(tmp_path):
   assert ledger.revision(tmp_path) == 'unknown'
   git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b', '-c', 'commit.gpgsign=false']
   for words in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'x']):
@@ -155,7 +158,15 @@ def test_revision_and_hardware(tmp_path):
   assert ledger.revision(tmp_path) == clean
   (tmp_path / 'code.py').write_text('x = 1')
   assert ledger.revision(tmp_path) == clean + '-dirty'
+
+
+def test_hardware():
   assert 'core' in ledger.hardware()
+
+
+def test_revision_without_git(tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  assert ledger.revision() == 'unknown'
 
 
 def test_importing_the_ledger_starts_no_backend():
@@ -312,7 +323,9 @@ def test_check_finds_repeats_and_foreign_columns(path):
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-  (tmp_path / 'with_argparse.py').write_text(
+  folder = tmp_path / 'experiments'
+  folder.mkdir()
+  (folder / 'with_argparse.py').write_text(
     textwrap.dedent("""
     import argparse
     def parse_command(argv):
@@ -321,7 +334,7 @@ def programs(tmp_path, monkeypatch):
       return parser.parse_args(argv)
   """)
   )
-  (tmp_path / 'with_config.py').write_text(
+  (folder / 'with_config.py').write_text(
     textwrap.dedent("""
     from absl import flags
     from experiments import ledger
@@ -333,8 +346,8 @@ def programs(tmp_path, monkeypatch):
       return ledger.parse_flags(argv, define)
   """)
   )
-  (tmp_path / 'without.py').write_text('')
-  (tmp_path / 'broken.py').write_text('import with_argparse\nwith_argparse.gone')
+  (folder / 'without.py').write_text('')
+  (folder / 'broken.py').write_text('from experiments import with_argparse\nwith_argparse.gone')
   (tmp_path / 'config.py').write_text(
     textwrap.dedent("""
     import ml_collections
@@ -344,9 +357,15 @@ def programs(tmp_path, monkeypatch):
       return ml_collections.ConfigDict({'optim': {'lr': 0.1}})
   """)
   )
-  monkeypatch.syspath_prepend(tmp_path)
+  # As if the folder were the source tree, with this repository's programs outside of it.
+  monkeypatch.setattr(ledger, 'ROOT', tmp_path)
+  monkeypatch.setattr(experiments, '__path__', [str(folder), *experiments.__path__])
   ledger.check_command.cache_clear()
-  return tmp_path
+  yield tmp_path
+  ledger.check_command.cache_clear()
+  for path in folder.glob('*.py'):
+    sys.modules.pop(f'experiments.{path.stem}', None)
+    vars(experiments).pop(path.stem, None)
 
 
 # Raised inside ml_collections when it loads a config file.
@@ -354,33 +373,67 @@ def programs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('words', 'wrong'),
   [
-    ('with_argparse --repeats 3', None),
-    ('with_argparse --repeat=three', 'invalid int value'),
-    ('with_argparse --json=x', 'unrecognized arguments: --json'),
-    ('with_config --config={0}/config.py --workdir=DIR', None),
-    ('with_config --config={0}/config.py:smoke --config.optim.lr=0.2 --workdir=DIR', None),
-    ('with_config --config={0}/config.py', 'workdir'),
-    ('with_config --config={0}/config.py:big --workdir=DIR', "unknown config argument 'big'"),
-    ('with_config --config={0}/config.py --config.optim.rate=0.2 --workdir=DIR', 'rate'),
-    ('with_config --config={0}/config.py --config.optim.lr=fast --workdir=DIR', 'fast'),
-    ('with_config --config={0}/gone.py --workdir=DIR', 'gone.py'),
-    ('with_config --config={0}/config.py --workdir=DIR --colour=red', 'colour'),
-    ('with_config --config={0}/config.py --workdir=DIR leftover', 'takes no leftover'),
-    ('without', None),
-    ('without --lr=1', 'offers no parse_command'),
-    ('broken', 'gone'),
+    ('experiments.with_argparse --repeats 3', None),
+    ('experiments.with_argparse --repeat=three', 'invalid int value'),
+    ('experiments.with_argparse --json=x', 'unrecognized arguments: --json'),
+    ('experiments.with_config --config=config.py --workdir=DIR', None),
+    ('experiments.with_config --config=config.py:smoke --config.optim.lr=0.2 --workdir=DIR', None),
+    ('experiments.with_config --config=config.py', 'workdir'),
+    (
+      'experiments.with_config --config=config.py:big --workdir=DIR',
+      "unknown config argument 'big'",
+    ),
+    ('experiments.with_config --config=config.py --config.optim.rate=0.2 --workdir=DIR', 'rate'),
+    ('experiments.with_config --config=config.py --config.optim.lr=fast --workdir=DIR', 'fast'),
+    ('experiments.with_config --config=gone.py --workdir=DIR', 'gone.py'),
+    ('experiments.with_config --config=config.py --workdir=DIR --colour=red', 'colour'),
+    ('experiments.with_config --config=config.py --workdir=DIR leftover', 'takes no leftover'),
+    ('experiments.without', None),
+    ('experiments.without --lr=1', 'offers no parse_command'),
+    ('experiments.broken', 'gone'),
     ('experiments.gone', 'no module experiments.gone'),
-    ('gone.entirely', 'no module gone.entirely'),
+    ('experiments.with_config.gone', 'no module experiments.with_config.gone'),
   ],
 )
 def test_commands_that_no_longer_parse_are_found(programs, words, wrong):
   before = list(sys.argv)
-  found = ledger.check_command('python -m ' + words.format(programs))
+  found = ledger.check_command('python -m ' + words)
   assert sys.argv == before
   if wrong is None:
     assert found is None
   else:
     assert found is not None and wrong in found
+
+
+@pytest.mark.parametrize(
+  ('words', 'wrong'),
+  [
+    ('this', 'this is not run: only modules of experiments and benchmarks'),
+    ('elsewhere', 'elsewhere is not run: only modules'),
+    ('experiments', 'experiments is not run: only modules'),
+    ('experimentsx.a', 'only modules of experiments and benchmarks'),
+    ('experiments.ledger', 'lies outside of the source tree'),
+    ('experiments.with_config --config=../evil.py --workdir=DIR', '../evil.py is not read'),
+    ('experiments.with_config --config ../evil.py:smoke --workdir=DIR', '../evil.py is not read'),
+    ('experiments.with_config -config=../evil --workdir=DIR', '../evil is not read'),
+    ('experiments.with_config --config={0}/config.py --workdir=DIR', 'config.py is not read'),
+    ('experiments.with_config --config=link.py --workdir=DIR', 'link.py is not read'),
+    ('experiments.with_config --flagfile=more --workdir=DIR', 'flags are read from no file'),
+    ("experiments.with_config '--config=a", 'is no command line'),
+  ],
+)
+def test_a_row_runs_no_code_from_elsewhere(programs, tmp_path_factory, monkeypatch, words, wrong):
+  outside = tmp_path_factory.mktemp('outside')
+  trap = f'import pathlib; pathlib.Path({str(outside / "ran")!r}).touch()'
+  for path in (outside / 'elsewhere.py', outside / 'evil.py', programs.parent / 'evil.py'):
+    path.write_text(trap)
+  (programs.parent / 'evil').write_text(trap)
+  (programs / 'link.py').symlink_to(outside / 'evil.py')
+  (programs / 'more').write_text('--config=../evil.py')
+  monkeypatch.syspath_prepend(outside)
+  found = ledger.check_command('python -m ' + words.format(programs))
+  assert found is not None and wrong in found
+  assert not (outside / 'ran').exists() and 'elsewhere' not in sys.modules
 
 
 def test_a_command_that_is_no_module_is_found():

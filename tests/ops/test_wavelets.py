@@ -1,6 +1,5 @@
 """Wavelet transforms against PyWavelets in float64, and their identities."""
 
-import doctest
 import types
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 import pywt
 
 from fqjax import ops
-from fqjax.ops import _wavelet_banks, _wavelet_packets, _wavelets
+from fqjax.ops import _wavelets
 
 MODES = ('symmetric', 'periodization', 'zero', 'reflect')
 # Families times parities: filter lengths 2, 4, 6, 8 and 18, orthogonal or not.
@@ -77,12 +76,6 @@ def check_lengths(name, mode, lengths, with_code=True):
       bands = [p.T if transposed else p for p in parts]
       got = _wavelets._synthesise(*bands, int(transposed), wavelet, mode)
       np.testing.assert_allclose(got.T if transposed else got, synthesis, atol=1e-13)
-
-
-@pytest.mark.parametrize('module', (_wavelet_banks, _wavelets, _wavelet_packets))
-def test_examples(module):
-  result = doctest.testmod(module)
-  assert result.attempted and not result.failed
 
 
 # Filters
