@@ -316,7 +316,7 @@ def ledger_row(row: Row, data: str = '', module: str | None = None, metric: str 
   return ledger.Row(
     run='/'.join(re.sub(r'[^\w.+-]+', '-', part).strip('-') for part in parts),
     metric=metric,
-    value=row['ratio'] if by_ratio else row['value'],
+    value=row['ratio' if by_ratio else 'value'],
     spread=row['spread'] if own else None,
     goal=row['goal'] if own else None,
     reference=reference if own else '',

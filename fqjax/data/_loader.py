@@ -410,7 +410,13 @@ class LoaderIterator:
 
 
 class Prefetcher:
-  """See `prefetch_to_device`."""
+  """Iterator of `prefetch_to_device`, which explains it.
+
+  Args:
+    iterator: Of a `Loader`.
+    put: Takes a batch to the device.
+    size: Batches held ready.
+  """
 
   def __init__(self, iterator: Iterator[Batch], put: Callable[[Batch], Any], size: int):
     if size < 1:

@@ -343,6 +343,9 @@ class CachedSource(Source):
 
   For small sets: 4,500 images of 64 x 64 are 55 MB, and decoding them again each epoch would cost
   more than a small network's step. Damaged images are not kept and fail each time.
+
+  Args:
+    source: The source whose images are kept.
   """
 
   def __init__(self, source: Source):

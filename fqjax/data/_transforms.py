@@ -78,6 +78,11 @@ def crop_box(
   rule of the published DCT runs, draws it uniformly, swaps the sides half of the time, and falls
   back to the central square.
 
+  Example:
+    >>> left, top, width, height = crop_box(np.random.default_rng(0), 60, 80)
+    >>> left + width <= 80 and top + height <= 60
+    True
+
   Source: Szegedy et al. 2015, section 6, in the two versions torchvision has had.
   """
   area = height * width

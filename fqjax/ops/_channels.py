@@ -329,7 +329,18 @@ def update_statistics(
 
 
 def merge_statistics(a: CoefficientStatistics, b: CoefficientStatistics) -> CoefficientStatistics:
-  """Statistics of the images of both (Chan, Golub, LeVeque 1983)."""
+  """Joins the statistics of two disjoint sets of images (Chan, Golub, LeVeque 1983).
+
+  Args:
+    a: Of the one set.
+    b: Of the other, of as many channels.
+
+  Example:
+    >>> one = update_statistics(init_statistics(1), jnp.ones((2, 4, 4, 1)))
+    >>> three = update_statistics(init_statistics(1), 3 * jnp.ones((2, 4, 4, 1)))
+    >>> print(merge_statistics(one, three).mean)
+    [2.]
+  """
   count = a.count + b.count
   share = b.count.astype(a.mean.dtype) / jnp.maximum(count, 1).astype(a.mean.dtype)
   delta = b.mean - a.mean
@@ -342,6 +353,15 @@ def merge_statistics(a: CoefficientStatistics, b: CoefficientStatistics) -> Coef
 
 
 def finalize_statistics(state: CoefficientStatistics) -> ChannelStatistics:
-  """Mean, variance within and between images, and the pooled standard deviation."""
+  """Mean, variance within and between images, and the pooled standard deviation.
+
+  Args:
+    state: Of `update_statistics` or `merge_statistics`.
+
+  Example:
+    >>> x = jnp.stack([jnp.zeros((4, 4, 1)), 4 * jnp.ones((4, 4, 1))])
+    >>> print(finalize_statistics(update_statistics(init_statistics(1), x)).std)
+    [2.]
+  """
   std = jnp.sqrt(state.within + state.between)
   return ChannelStatistics(state.mean, state.within, state.between, std)

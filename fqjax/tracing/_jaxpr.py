@@ -96,7 +96,13 @@ class Operation(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A flat function: inputs, operations in order of execution, outputs."""
+  """A flat function.
+
+  Attributes:
+    inputs: What it is called with, in the order of the flattened arguments.
+    operations: In order of execution.
+    outputs: What it returns.
+  """
 
   inputs: tuple[Value, ...]
   operations: tuple[Operation, ...]
@@ -236,7 +242,12 @@ def _bodies(name: str, params: dict[str, Any], values: tuple[Value, ...]) -> tup
 
 
 def open_body(body: Body, scope: str = '') -> Program:
-  """Flattens a body; constants keep the identity of the outer value, other inputs are fresh."""
+  """Flattens a body; constants keep the identity of the outer value, other inputs are fresh.
+
+  Args:
+    body: Of a loop or a branch, from `Operation.bodies`.
+    scope: Name in front of the operations' own scopes.
+  """
   inputs = [
     operand if i < body.constants else Value(aval)
     for i, (operand, aval) in enumerate(zip(body.operands, body.jaxpr.in_avals, strict=True))
