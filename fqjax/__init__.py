@@ -22,13 +22,33 @@ _HOME = {
 }
 _ROOMS = ('data', 'models', 'nn', 'ops', 'tracing', 'train')
 
-__all__ = ['__version__', *_HOME, *_ROOMS]
+__all__ = [  # noqa: RUF022 (the order of a table of contents)
+  '__version__',
+  'create_model',
+  'list_models',
+  'summary',
+  'select_channels',
+  'channel_subset',
+  'data',
+  'models',
+  'nn',
+  'ops',
+  'tracing',
+  'train',
+]
 
 if typing.TYPE_CHECKING:
-  from fqjax import data, models, nn, ops, tracing, train
-  from fqjax.models import create_model, list_models
-  from fqjax.ops import channel_subset, select_channels
-  from fqjax.tracing import summary
+  from fqjax import data as data
+  from fqjax import models as models
+  from fqjax import nn as nn
+  from fqjax import ops as ops
+  from fqjax import tracing as tracing
+  from fqjax import train as train
+  from fqjax.models import create_model as create_model
+  from fqjax.models import list_models as list_models
+  from fqjax.ops import channel_subset as channel_subset
+  from fqjax.ops import select_channels as select_channels
+  from fqjax.tracing import summary as summary
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ def test_floor_constraints_equal_the_lower_bounds():
 
 
 def test_public_names_resolve():
+  assert set(fqjax.__all__) == {'__version__', *fqjax._HOME, *fqjax._ROOMS}
   for name in fqjax.__all__:
     assert getattr(fqjax, name) is not None
 
