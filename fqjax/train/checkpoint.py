@@ -25,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fqjax.train.distributed import is_main
+from fqjax.train.distributed import fail_together, is_main
 from fqjax.train.mesh import is_key, key_data, like_key
 
 PyTree = Any
@@ -105,13 +105,14 @@ class Checkpoints:
         already on disk stay as they are.
       TypeError: if JSON cannot hold `position`.
     """
-    self.wait()
-    try:
-      json.dumps(position)
-    except (TypeError, ValueError) as e:
-      raise TypeError(
-        f'the loader position {position!r} must be JSON (dicts, lists, numbers, strings): {e}.'
-      ) from e
+    with fail_together():
+      self.wait()
+      try:
+        json.dumps(position)
+      except (TypeError, ValueError) as e:
+        raise TypeError(
+          f'the loader position {position!r} must be JSON (dicts, lists, numbers, strings): {e}.'
+        ) from e
     manifest = {
       'format': _FORMAT,
       'step': step,
@@ -173,20 +174,24 @@ class Checkpoints:
       CheckpointError: if there are checkpoints but none is intact, or `step` is missing or damaged.
       ValueError: if the checkpoint's structure differs from the template's; lists where.
     """
-    self.wait()
+    with fail_together():
+      self.wait()
     chosen, message = -1, ''
     if is_main():
       try:
         chosen = self._choose(step, repair)
       except CheckpointError as e:
         message = str(e)
+      except OSError as e:
+        message = f'the checkpoints in {self.root} could not be looked through: {e}.'
     chosen, message = _from_main(chosen, message)
     if message:
       raise CheckpointError(message)
     if chosen < 0:
       return None
-    manifest = _read_manifest(self.root / str(chosen))
-    _check_structure(self.root / str(chosen), manifest['leaves'], template)
+    with fail_together():
+      manifest = _read_manifest(self.root / str(chosen))
+      _check_structure(self.root / str(chosen), manifest['leaves'], template)
     data = self._orbax.restore(self.root / str(chosen), _nested(template, _target))
     leaves = _leaves(data)
     likes, treedef = jax.tree.flatten(template)

@@ -1,6 +1,7 @@
 """Several processes: a guarded start, who is who, and a common end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import os
 import sys
 import threading
@@ -133,7 +134,7 @@ def raise_together(error: Exception | None) -> None:
     from jax.experimental import multihost_utils
 
     text = np.zeros(1000, np.uint8)
-    raw = str(error).encode()[:1000] if error is not None else b''
+    raw = (str(error) or repr(error)).encode()[:1000] if error is not None else b''
     text[: len(raw)] = np.frombuffer(raw, np.uint8)
     every = [
       bytes(row).rstrip(b'\0').decode(errors='replace')
@@ -146,8 +147,33 @@ def raise_together(error: Exception | None) -> None:
     raise error
 
 
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+  """Makes an error inside the block on any process one of all of them; entered by all.
+
+  For work that one process may do alone, such as writing a file. The processes meet once, at the end
+  of the block, which itself must not wait for the others; a single process meets nobody.
+
+  Raises:
+    Exception: as `raise_together`.
+
+  Examples:
+    >>> with fail_together():
+    ...   text = 'written'
+  """
+  problem = None
+  try:
+    yield
+  except Exception as e:
+    problem = e
+  raise_together(problem)
+
+
 def enable_compile_cache(folder: str | os.PathLike) -> None:
   """Keeps compiled programs on disk, so that a restart does not compile again.
+
+  Does nothing if there is a cache already: of `JAX_COMPILATION_CACHE_DIR`, of `jax.config` or of an
+  earlier call (JAX opens one cache per process and stays with it).
 
   Args:
     folder: shared by runs of the same machine type.
@@ -157,7 +183,8 @@ def enable_compile_cache(folder: str | os.PathLike) -> None:
     >>> enable_compile_cache(tempfile.mkdtemp())
     >>> jax.config.update('jax_compilation_cache_dir', None)  # off again
   """
-  jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
+  if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
 
 
 def _number(value: int | None, env: Mapping[str, str], name: str) -> int | None:

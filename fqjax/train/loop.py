@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fqjax.train.checkpoint import Checkpoints, check_workdir, state_bytes
-from fqjax.train.distributed import is_main, raise_together, synchronize
+from fqjax.train.distributed import fail_together, is_main, synchronize
 from fqjax.train.mesh import make_mesh, replicate, shard_batch
 from fqjax.train.metrics import (
   JsonLines,
@@ -71,7 +71,8 @@ def fit(
 
   Writes `workdir/checkpoints` (state and loader position), `workdir/metrics.jsonl` and `workdir/tb`.
   Killed at any moment and started again with the same arguments, the run ends with the very same
-  parameters. SIGTERM and Ctrl-C save a checkpoint first; SIGTERM then exits with status 143.
+  parameters. SIGTERM and Ctrl-C save a checkpoint first; SIGTERM then exits with status 143. They
+  do so after the last step too: a program that trains several networks must not go on to the next.
 
   A report covers the steps since the one before it (means of the step's metrics) and is fetched
   while the next steps already run. Reports are written every `log_every` steps and wherever there
@@ -103,6 +104,7 @@ def fit(
       metrics cannot be written.
     NonFiniteError: naming the step and the checkpoint that is good.
     CheckpointError: if a checkpoint could not be written; the ones before it are kept.
+    RuntimeError: on the other processes, if one cannot write metrics or finish a checkpoint.
     ValueError: for settings that make no sense, a loader that ends early, a checkpoint of another
       model.
 
@@ -137,13 +139,9 @@ def fit(
 
   folder = pathlib.Path(workdir).absolute()
   checkpoints = Checkpoints(folder / 'checkpoints', keep)
-  missing = max(keep + 1 - len(checkpoints.steps()), 1)
-  problem = None
-  try:
+  with fail_together():
+    missing = max(keep + 1 - len(checkpoints.steps()), 1)
     check_workdir(folder, missing * state_bytes(state))
-  except OSError as e:
-    problem = e
-  raise_together(problem)
   state = replicate(state, mesh)
   batches = iter(loader)
   restored = checkpoints.restore(state, repair=True)
@@ -153,7 +151,8 @@ def fit(
       batches.set_state(restored.position)  # pyright: ignore[reportAttributeAccessIssue]
   start = int(state.step)
 
-  log = _Log(folder, start, total_steps, writers, progress)
+  with fail_together():
+    log = _Log(folder, start, total_steps, writers, progress)
   if restored is not None:
     log.say(f'Continuing from step {start} of {total_steps} ({folder}).')
   run = _Run(state, batches, checkpoints, log, start)
@@ -174,17 +173,22 @@ def fit(
         save_now = last or i % checkpoint_every == 0
         stop = stopper.asked(i)
         if i % log_every == 0 or evaluate_now or save_now or stop:
-          run.report(i, fetch=bool(evaluate_now or save_now or stop))
-          checkpoints.check()
+          with fail_together():
+            run.report(i, fetch=bool(evaluate_now or save_now or stop))
+            checkpoints.check()
         if evaluate_now:
           run.evaluate(evaluators, i)
         if save_now or stop:
           run.save(i)
-        if stop and not last:
-          checkpoints.wait()
-          log.say(f'{stopper.reason} at step {i}: checkpoint saved, the same command continues.')
-          stopper.leave()
-    checkpoints.wait()
+        if stop:
+          break
+      with fail_together():
+        checkpoints.wait()
+      if stopper.asked(total_steps + 1):  # also for a signal since the last step was asked
+        log.say(
+          f'{stopper.reason} at step {run.saved}: checkpoint saved, the same command continues.'
+        )
+        stopper.leave()
     log.report_corrupt(getattr(batches, 'corrupt', None))
   finally:
     run.end_trace()
@@ -288,14 +292,16 @@ class _Run:
       results: dict[str, float] = {}
       for evaluator in evaluators:
         results.update({k: float(v) for k, v in evaluator(self.state).items()})
-      self.log.record(i, results, evaluation=True)
+      with fail_together():
+        self.log.record(i, results, evaluation=True)
 
   def save(self, i: int) -> None:
     if i == self.saved:
       return
     with self.log.paused():
       self.check_finite()
-      self.log.flush()
+      with fail_together():
+        self.log.flush()
       get_state = getattr(self.batches, 'get_state', None)
       self.checkpoints.save(i, self.state, get_state() if get_state else None)
       self.saved = i

@@ -20,6 +20,8 @@ parser.add_argument('--devices', type=int, default=1)
 parser.add_argument('--size', type=int, default=0, help='floats of ballast in the model state')
 parser.add_argument('--file-limit', type=int, help='bytes a file may have from --limit-at on')
 parser.add_argument('--limit-at', type=int, default=0, help='step at which the limit begins')
+parser.add_argument('--limit-on', type=int, help='the one process that has the limit')
+parser.add_argument('--no-manifest', action='store_true', help='step 8 cannot be marked complete')
 parser.add_argument('--nan-at', type=int)
 parser.add_argument('--seed-per-process', action='store_true', help='a mistake on purpose')
 parser.add_argument('--coordinator')
@@ -54,7 +56,8 @@ def main():
     state, step = toy.setup(mesh, params=params)
 
   def slow_step(state, batch):
-    if args.file_limit and int(state.step) >= args.limit_at:
+    limited = args.limit_on in (None, args.process)
+    if args.file_limit and limited and int(state.step) >= args.limit_at:
       import resource
       import signal
 
@@ -64,6 +67,18 @@ def main():
       resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_limit, args.file_limit))
     time.sleep(args.delay)
     return step(state, batch)
+
+  if args.no_manifest:
+    from fqjax.train import checkpoint
+
+    write = checkpoint._write_manifest
+
+    def fails(path, manifest):
+      if manifest['step'] == 8:
+        raise OSError(5, 'Input/output error')
+      write(path, manifest)
+
+    checkpoint._write_manifest = fails
 
   result = fit(
     state,

@@ -1,5 +1,6 @@
 import errno
 import os
+import pathlib
 import shutil
 
 import jax
@@ -197,6 +198,19 @@ def test_nothing_intact_is_an_error(checkpoints):
   damage_remove(checkpoints.root / '1')
   with pytest.raises(CheckpointError, match='No intact checkpoint is left'):
     checkpoints.restore({'x': jnp.zeros(3)})
+
+
+def test_folder_that_cannot_be_looked_through_is_an_error(checkpoints, monkeypatch):
+  checkpoints.save(1, {'x': jnp.ones(3)})
+  checkpoints.wait()
+  damage_truncate(checkpoints.root / '1')
+
+  def fails(*unused):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  monkeypatch.setattr(pathlib.Path, 'rename', fails)  # setting the damaged one aside
+  with pytest.raises(CheckpointError, match='could not be looked through.*Permission denied'):
+    checkpoints.restore({'x': jnp.zeros(3)}, repair=True)
 
 
 def test_unfinished_checkpoints_do_not_count(checkpoints, capsys):

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.train import Checkpoints, initialize_distributed, make_mesh, preflight, replicate
+from fqjax.train import (
+  Checkpoints,
+  enable_compile_cache,
+  initialize_distributed,
+  make_mesh,
+  preflight,
+  replicate,
+)
 from tests.train import toy
 from tests.train.test_kill import ROOT, final, finish, losses, start
 
@@ -75,6 +82,27 @@ def test_two_processes_train_as_one(tmp_path):
   step(restored.state, toy.make_batch(8))
 
 
+def test_metrics_one_process_cannot_write_end_both(tmp_path):
+  args = ('--file-limit', 400, '--limit-at', 5, '--limit-on', 0, '--log-every', 1, '--every', 4)
+  began = time.monotonic()
+  processes = start_two(tmp_path, '--steps', 400, '--delay', 0.05, *args)
+  outs = [finish(p) for p in processes]
+  assert time.monotonic() - began < 60, 'a process waited until the heartbeat of the other'
+  assert [p.returncode for p in processes] == [1, 1], outs
+  assert 'OSError: [Errno 27] the metrics of step' in outs[0]
+  assert 'RuntimeError: process 0: [Errno 27] the metrics of step' in outs[1]
+
+
+@pytest.mark.full
+def test_checkpoint_one_process_cannot_finish_ends_both(tmp_path):
+  processes = start_two(tmp_path, '--steps', 400, '--delay', 0.05, '--no-manifest')
+  outs = [finish(p) for p in processes]
+  assert [p.returncode for p in processes] == [1, 1], outs
+  assert 'CheckpointError: the checkpoint of step 8 could not be written' in outs[0]
+  assert 'RuntimeError: process 0: the checkpoint of step 8 could not be written' in outs[1]
+  assert 'The one of step 4 is untouched' in outs[1]
+
+
 @pytest.mark.full
 def test_states_that_differ_between_processes_are_refused(tmp_path):
   processes = start_two(tmp_path, '--steps', 4, '--seed-per-process')
@@ -97,6 +125,19 @@ def test_sigterm_to_one_process_stops_both_at_one_step(tmp_path):
   processes = start_two(tmp_path, '--steps', 40, '--every', 20)
   outs = [finish(p) for p in processes]
   assert 'Continuing from step' in outs[0], outs
+
+
+@pytest.mark.full
+def test_sigterm_in_the_last_step_stops_both(tmp_path):
+  processes = start_two(tmp_path, '--steps', 2, '--every', 2, '--delay', 4)
+  for line in processes[0].stdout:
+    if line.startswith('First step'):
+      break
+  time.sleep(1)  # into the second and last
+  processes[1].send_signal(signal.SIGTERM)
+  outs = [finish(p) for p in processes]
+  assert [p.returncode for p in processes] == [143, 143], outs
+  assert 'SIGTERM received at step 2' in outs[0]
 
 
 def test_preflight_of_two_processes(tmp_path):
@@ -184,3 +225,15 @@ def test_distributed_start_is_guarded(monkeypatch):
   monkeypatch.setattr(jax.distributed, 'initialize', too_late)
   with pytest.raises(RuntimeError, match='did not find each other(.|\n)*before any JAX calls'):
     initialize_distributed()
+
+
+def test_a_compile_cache_that_is_set_stays(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    enable_compile_cache(tmp_path / 'first')
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'first')
+    enable_compile_cache(tmp_path / 'second')
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'first')
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)

@@ -127,6 +127,30 @@ def test_signals_save_and_leave(uninterrupted, tmp_path, capsys, number):
   toy.assert_identical(train(tmp_path).state, whole.state)
 
 
+@pytest.mark.parametrize('moment', ['last step', 'last evaluation'])
+def test_signal_at_the_end_leaves_too(uninterrupted, tmp_path, capsys, moment):
+  """Whoever trains several networks in a row must not go on to the next one."""
+  _, whole = uninterrupted
+  state, step = toy.setup(make_mesh(1))
+
+  def signalled(state, batch):
+    if moment == 'last step' and int(state.step) == 11:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return step(state, batch)
+
+  def evaluator(state):
+    if moment == 'last evaluation':
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {'accuracy': 0.5}
+
+  with pytest.raises(SystemExit) as e:
+    train(tmp_path, setup=(state, signalled), evaluators=[evaluator])
+  assert e.value.code == 143
+  assert 'SIGTERM received at step 12: checkpoint saved' in capsys.readouterr().out
+  assert (tmp_path / 'checkpoints' / '12' / 'fqjax.json').is_file()
+  toy.assert_identical(train(tmp_path).state, whole.state)
+
+
 def test_non_finite_loss_stops_and_keeps_the_good_checkpoint(tmp_path):
   with pytest.raises(NonFiniteError) as e:
     train(tmp_path, 20, loader=toy.Loader(bad_step=7))
