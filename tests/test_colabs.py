@@ -24,7 +24,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', os.fspath(COLABS.parent))
   monkeypatch.setenv('XLA_FLAGS', '')
   nbclient.NotebookClient(
-    notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
+    notebook, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
   ).execute()
   figures = sum(
     'image/png' in output.get('data', {})
