@@ -42,7 +42,9 @@ def load_source(name: str, split: str = 'train', **options: Any) -> Source:
       'records:PATH': written by `python -m fqjax.data.prepare`;
       'tfds:NAME': any TensorFlow Datasets builder (option data_dir).
     split: 'train', 'test', ...; 'val' and 'validation' are understood where a set has but one
-      held-out split, and 'all' takes a folder or zip without splits.
+      held-out split, and 'all' takes a folder or zip without splits. `'train[:90%]'` and
+      `'train[90%:]'` take a part of any split, for example to choose settings on images that are
+      neither trained on nor scored at the end (see `PartSource`; TFDS takes its own).
     **options: passed on to the source.
 
   Returns:
@@ -59,6 +61,9 @@ def load_source(name: str, split: str = 'train', **options: Any) -> Source:
     ((16, 16, 3), 4)
   """
   scheme, _, rest = name.partition(':')
+  if split.endswith(']') and scheme != 'tfds':
+    split, _, part = split[:-1].partition('[')
+    return _sources.PartSource(load_source(name, split, **options), part)
   if rest and scheme in _SCHEMES:
     return _SCHEMES[scheme](rest, split, **options)
   if not rest and name in _NAMES:

@@ -14,6 +14,12 @@ SIZE = 64
 STRIP = 80
 GUARD = 8
 
+# Places in the list of edges at which the training regions of a split begin. Settings are chosen by
+# training on the outer two and scoring on the inner one: patches of one region overlap, so a random
+# part of the training patches would not be held out.
+_THIRDS = {'train': (0, 2, 4), 'train_outer': (0, 4), 'train_inner': (2,)}
+_PER_CLASS = {'train': 320, 'train_outer': 240, 'train_inner': 80, 'test': 80}
+
 # A patch of clear sky or black border says nothing about which photograph it is from.
 _LEAST_DEVIATION = 4.0
 
@@ -49,13 +55,15 @@ def regions(length: int, split: str) -> list[tuple[int, int]]:
   Example:
     >>> regions(512, 'test'), regions(512, 'train')
     ([(88, 168), (344, 424)], [(0, 80), (176, 336), (432, 512)])
+    >>> regions(512, 'train_outer'), regions(512, 'train_inner')
+    ([(0, 80), (432, 512)], [(176, 336)])
   """
   starts = [round(length * f) - STRIP // 2 for f in (0.25, 0.75)]
   test = [(s, s + STRIP) for s in starts]
   if split == 'test':
     return test
   edges = [0, *(e for a, b in test for e in (a - GUARD, b + GUARD)), length]
-  pairs = [(edges[i], edges[i + 1]) for i in (0, 2, 4)]
+  pairs = [(edges[i], edges[i + 1]) for i in _THIRDS[split]]
   return [(a, b) for a, b in pairs if b - a >= SIZE]
 
 
@@ -99,7 +107,8 @@ def photo_patches(
   between them; the choice is the same on every machine. Stored as JPEG (4:4:4).
 
   Args:
-    split: 'train' or 'test' ('val', 'validation').
+    split: 'train' or 'test' ('val', 'validation'); 'train_outer' and 'train_inner' are two disjoint
+      parts of the training regions on which settings can be chosen without seeing a test patch.
     per_class: patches per photograph; 320 for training and 80 for testing if None.
     quality: JPEG quality.
     cache: keep decoded patches in memory.
@@ -110,8 +119,9 @@ def photo_patches(
   Raises:
     ImportError: scikit-image or scikit-learn is missing; names `pip install fqjax[demo]`.
   """
-  split = choose_split('photo_patches', split, TRAIN_TEST)
-  per_class = per_class or (320 if split == 'train' else 80)
+  splits = {**TRAIN_TEST, **{k: k for k in _THIRDS}}
+  split = choose_split('photo_patches', split, splits)
+  per_class = per_class or _PER_CLASS[split]
   data, labels = [], []
   for label, photo in enumerate(_photographs()):
     top, left = corners(photo.shape[0], photo.shape[1], split)
