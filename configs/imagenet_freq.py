@@ -230,7 +230,10 @@ def cifar10() -> ml_collections.ConfigDict:
   config.dct.channels = 6
   config.optim.epochs = 8.0
   config.optim.warmup_epochs = 1.0
-  config.gate.lr_scale = 2.0
+  # Of eight pairs tried on train[:90%] and scored on train[90%:] the lowest price that still closes
+  # most channels: 62.1 % there with 16 of 48 open; 62.4 % with all 48, 59.3 % with 8.
+  config.gate.penalty = 0.05 / 48
+  config.gate.lr_scale = 10.0
   return config
 
 
