@@ -181,8 +181,10 @@ def _small(name: str, size: int, block: int) -> ml_collections.ConfigDict:
   config.model.name = 'cifar_resnet20'
   config.model.dtype = 'float32'
   config.model.stem_stride = config.rgb_size // 8
-  config.gate.penalty = 0.3 / (3 * block * block)
-  config.gate.settle = 0.5
+  # Chosen on training images that were held out (train[90%:], train_inner), never on test images: a
+  # price that closes most channels, logits fast enough to decide in the first quarter of the run.
+  config.gate.penalty = 0.5 / (3 * block * block)
+  config.gate.settle = 0.75
   config.optim.lr = 0.1
   config.optim.nesterov = True
   config.optim.weight_decay = 5e-4
@@ -205,9 +207,7 @@ def demo() -> ml_collections.ConfigDict:
   config.eval_epochs = 3.0
   config.checkpoint_epochs = 3.0
   config.log_every = 20
-  # Price and speed of the gate were chosen while looking at this set's test images: the gated row
-  # shows how the gate works and is no evidence of how good it is.
-  config.gate.lr_scale = 40.0
+  config.gate.lr_scale = 100.0
   return config
 
 
@@ -218,7 +218,7 @@ def tiny_imagenet10() -> ml_collections.ConfigDict:
   config.seeds = (0, 1, 2)
   config.data.val_split = 'val'
   config.optim.epochs = 15.0
-  config.gate.lr_scale = 20.0
+  config.gate.lr_scale = 60.0
   return config
 
 
@@ -233,6 +233,7 @@ def cifar10() -> ml_collections.ConfigDict:
   # Of eight pairs tried on train[:90%] and scored on train[90%:] the lowest price that still closes
   # most channels: 62.1 % there with 16 of 48 open; 62.4 % with all 48, 59.3 % with 8.
   config.gate.penalty = 0.05 / 48
+  config.gate.settle = 0.5
   config.gate.lr_scale = 10.0
   return config
 
