@@ -17,6 +17,8 @@ from fqjax.ops._dct import _basis, accumulator, contract, floating
 
 # Up to here one product with the [b*b, b*b] Kronecker basis is faster than one per axis.
 _LARGEST_KRONECKER = 8
+# Rows of blocks against columns of blocks, vertical frequencies against horizontal ones.
+_TRANSPOSED = (-4, -5, -3, -1, -2)
 
 
 @functools.partial(jax.jit, static_argnames='size', inline=True)
@@ -180,7 +182,7 @@ def block_flip_left_right(coef: jax.Array, *, size: int = 8) -> jax.Array:
     True
   """
   x = _blocks('block_flip_left_right', coef, size)
-  return _flat(_signs(jnp.flip(x, -4), -1))
+  return _flat(_mirror(x, -1))
 
 
 def block_flip_up_down(coef: jax.Array, *, size: int = 8) -> jax.Array:
@@ -201,7 +203,7 @@ def block_flip_up_down(coef: jax.Array, *, size: int = 8) -> jax.Array:
     [0.0, 1.0, -2.0, -3.0]
   """
   x = _blocks('block_flip_up_down', coef, size)
-  return _flat(_signs(jnp.flip(x, -5), -2))
+  return _flat(_mirror(x, -2))
 
 
 def block_transpose(coef: jax.Array, *, size: int = 8) -> jax.Array:
@@ -221,7 +223,7 @@ def block_transpose(coef: jax.Array, *, size: int = 8) -> jax.Array:
     >>> block_transpose(jnp.arange(4).reshape(1, 1, 4), size=2).ravel().tolist()
     [0, 2, 1, 3]
   """
-  return _flat(_transpose(_blocks('block_transpose', coef, size)))
+  return _flat(_move_blocks(_blocks('block_transpose', coef, size), _TRANSPOSED))
 
 
 def block_rot90(coef: jax.Array, k: int = 1, *, size: int = 8) -> jax.Array:
@@ -243,12 +245,12 @@ def block_rot90(coef: jax.Array, k: int = 1, *, size: int = 8) -> jax.Array:
     [0.0, 2.0, -1.0, -3.0]
   """
   x = _blocks('block_rot90', coef, size)
-  if k % 4 == 1:  # transpose, then top to bottom
-    x = _signs(jnp.flip(_transpose(x), -5), -2)
-  elif k % 4 == 2:
-    x = _signs(_signs(jnp.flip(x, (-5, -4)), -1), -2)
-  elif k % 4 == 3:  # transpose, then left to right
-    x = _signs(jnp.flip(_transpose(x), -4), -1)
+  if k % 2:
+    x = _move_blocks(x, _TRANSPOSED)
+  if k % 4 in (1, 2):
+    x = _mirror(x, -2)
+  if k % 4 in (2, 3):
+    x = _mirror(x, -1)
   return _flat(x)
 
 
@@ -378,15 +380,10 @@ def _move_blocks(x: jax.Array, last_five: tuple[int, ...]) -> jax.Array:
   return x.transpose(*range(x.ndim - 5), *(x.ndim + a for a in last_five))
 
 
-def _transpose(x: jax.Array) -> jax.Array:
-  return _move_blocks(x, (-4, -5, -3, -1, -2))
-
-
-def _signs(x: jax.Array, axis: int) -> jax.Array:
-  """Negates the odd entries of an axis: what a mirrored cosine does."""
-  shape = [1] * x.ndim
-  shape[axis] = -1
-  odd = (np.arange(x.shape[axis]) % 2 == 1).reshape(shape)
+def _mirror(x: jax.Array, axis: int) -> jax.Array:
+  """Mirrors the image along -2 (vertically) or -1: blocks change places, odd cosines their sign."""
+  odd = (np.arange(x.shape[axis]) % 2 == 1).reshape((-1, 1) if axis == -2 else -1)
+  x = jnp.flip(x, axis - 3)
   return jnp.where(jnp.broadcast_to(odd, x.shape), -x, x)
 
 

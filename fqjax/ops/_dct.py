@@ -205,13 +205,14 @@ def _jitted(x, type, plan, norm, inverse):
 
 
 def floating(dtype) -> jnp.dtype:
-  """The dtype a transform returns: floating dtypes are kept, others become float32."""
-  return jnp.dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
+  """The dtype of a result: the data's own, float32 for integers."""
+  return jnp.dtype(dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32)
 
 
 def accumulator(dtype) -> jnp.dtype:
-  """The dtype sums are taken in: float64 for float64, else float32."""
-  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+  """The dtype sums are taken in: that of the result, but at least float32."""
+  dtype = floating(dtype)
+  return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def contract(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
@@ -230,12 +231,31 @@ def contract(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
     y = jnp.matmul(x.reshape(*before, n * inner), constant, precision='highest')
     return y.reshape(*before, m, *after)
   if matrix.size <= 64:
-    # A short axis in the middle: sums of slices, each contiguous along the axes behind.
-    slices = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(n)]
-    rows = [sum(s * float(a) for s, a in zip(slices, row, strict=True)) for row in matrix]
-    return jnp.stack(rows, axis)
+    return _contract_short(x, matrix, axis)
   y = jnp.tensordot(x, jnp.asarray(matrix.T, x.dtype), axes=(axis, 0), precision='highest')
   return jnp.moveaxis(y, -1, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _contract_short(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
+  """`contract` of a short axis in the middle: outer products, one fused loop over the axes behind."""
+  ones = [1] * x.ndim
+  ones[axis] = -1
+  products = [
+    jax.lax.slice_in_dim(x, i, i + 1, axis=axis) * jnp.asarray(column.reshape(ones), x.dtype)
+    for i, column in enumerate(matrix.T)
+  ]
+  return functools.reduce(jnp.add, products)
+
+
+@_contract_short.defjvp
+def _contract_short_jvp(matrix, axis, primals, tangents):
+  # The transpose of a sum of slices is another one; that of an outer product, a slow reduction.
+  slices = [
+    jax.lax.index_in_dim(tangents[0], i, axis, keepdims=False) for i in range(matrix.shape[1])
+  ]
+  rows = [sum(s * float(a) for s, a in zip(slices, row, strict=True)) for row in matrix]
+  return _contract_short(*primals, matrix, axis), jnp.stack(rows, axis)
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from fqjax.ops import _wavelet_banks as banks
-from fqjax.ops import _wavelets
+from fqjax.ops import _wavelet_levels as levels
+from fqjax.ops._dct import accumulator, floating
 
 _LETTERS = {'a': 'aa', 'h': 'da', 'v': 'ad', 'd': 'dd'}
 
@@ -137,13 +138,13 @@ def wavelet_packet_grid(level: int) -> list[list[str]]:
 
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'level'))
 def _decompose(x, axes, wavelets, modes, level):
-  dtype = _wavelets.floating(x.dtype)
-  bands = {'': x.astype(_wavelets.accumulator(dtype))}
+  dtype = floating(x.dtype)
+  bands = {'': x.astype(accumulator(dtype))}
   for _ in range(level):
     bands = {
       path + letter: parts[key]
       for path, band in bands.items()
-      for parts in [_wavelets.split(band, axes, wavelets, modes)]
+      for parts in [levels.split(band, axes, wavelets, modes)]
       for letter, key in _LETTERS.items()
     }
   return {path: band.astype(dtype) for path, band in bands.items()}
@@ -151,8 +152,8 @@ def _decompose(x, axes, wavelets, modes, level):
 
 @functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'shape'))
 def _recompose(bands, axes, wavelets, modes, shape):
-  dtype = _wavelets.floating(jnp.result_type(*bands.values()))
-  bands = {path: band.astype(_wavelets.accumulator(dtype)) for path, band in bands.items()}
+  dtype = floating(jnp.result_type(*bands.values()))
+  bands = {path: band.astype(accumulator(dtype)) for path, band in bands.items()}
   shapes = [shape]  # of the bands at each depth
   for _ in range(max(map(len, bands))):
     shapes.append(_halved(shapes[-1], axes, wavelets, modes) if shape else None)
@@ -160,10 +161,10 @@ def _recompose(bands, axes, wavelets, modes, shape):
     parents = {path[:-1] for path in bands if len(path) == depth}
     for parent in sorted(parents):
       parts = {key: bands.pop(parent + letter, None) for letter, key in _LETTERS.items()}
-      whole = _wavelets.merge(parts, axes, wavelets, modes)
+      whole = levels.merge(parts, axes, wavelets, modes)
       assert whole is not None  # the parent came from one of its parts
       if shape:
-        whole = _wavelets.crop(whole, axes, shapes[depth - 1])
+        whole = levels.crop(whole, axes, shapes[depth - 1])
       bands[parent] = whole
   return bands[''].astype(dtype)
 

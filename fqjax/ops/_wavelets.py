@@ -1,314 +1,17 @@
 """Discrete wavelet transforms with the names and conventions of PyWavelets.
 
-Each level along each axis is the banded matrix of `_wavelet_banks.py`, applied without building it.
-Rows that do not touch the boundary are sums of strided slices of the data, so nothing is padded or
-copied for them. Where few elements follow the axis (the last axis of images stored as
-`[n, c, h, w]`), its even and odd samples are separated first, so that every later read is contiguous.
+The transforms of one and of two axes are those of any number under other names for the bands.
 """
 
 from collections.abc import Mapping, Sequence
-import functools
-import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fqjax.ops import _wavelet_banks as banks
-
-# With fewer elements than this after an axis, loops along the axis itself are the longer ones.
-_SHORT = 16
-
-Details = dict[str, Any]  # arrays by key, one letter per axis
-
-
-# One level along one axis
-
-
-def _analyse(
-  x: jax.Array, axis: int, wavelet: banks.Wavelet, mode: str
-) -> tuple[jax.Array, jax.Array]:
-  """Approximation and detail of x along one axis."""
-  n, size = x.shape[axis], wavelet.dec_len
-  banks.check_length(n)
-  start, count = banks.rows(n, size, mode)
-  index = banks.extension(n, start, 2 * count - 2 + size, mode)
-  # Row k reads x[start + 2k + j] for j < size, so a filter runs backwards over its taps.
-  filters = wavelet.dec_lo[::-1], wavelet.dec_hi[::-1]
-  if size > 2 and math.prod(x.shape[axis + 1 :]) < _SHORT:
-    x = _extend(x, index, -start, axis)
-    return _analyse_phases(x, axis, count, filters)
-  # Rows first .. first + inside - 1 lie wholly inside the signal: no boundary, no copy.
-  first = (1 - start) // 2
-  inside = (n - size - (start + 2 * first)) // 2 + 1
-  if inside < 1:
-    pieces = [_take(x, index, axis)]
-  else:
-    begin = start + 2 * first
-    pieces = [jax.lax.slice_in_dim(x, begin, begin + 2 * inside - 2 + size, axis=axis)]
-    if first > 0:
-      pieces.insert(0, _take(x, index[: 2 * first - 2 + size], axis))
-    if first + inside < count:
-      pieces.append(_take(x, index[2 * (first + inside) :], axis))
-  approximation, detail = (
-    jnp.concatenate([_strided_sum(piece, taps, axis) for piece in pieces], axis) for taps in filters
-  )
-  return approximation, detail
-
-
-def _take(x: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
-  """Samples at the given positions of an axis; position x.shape[axis] means zero."""
-  return jnp.take(x, index, axis, mode='fill', fill_value=0)
-
-
-def _extend(x: jax.Array, index: np.ndarray, before: int, axis: int) -> jax.Array:
-  """Take(x, index), knowing that index[before:] begins with the whole axis in order."""
-  pieces = [x]
-  if before:
-    pieces.insert(0, _take(x, index[:before], axis))
-  if len(index) > before + x.shape[axis]:
-    pieces.append(_take(x, index[before + x.shape[axis] :], axis))
-  return jnp.concatenate(pieces, axis)
-
-
-def _strided_sum(x: jax.Array, taps: Sequence[float], axis: int) -> jax.Array:
-  """out[k] = sum_j taps[j] * x[2k + j], wherever all taps find a sample."""
-  count = (x.shape[axis] - len(taps)) // 2 + 1
-  return _weighted_sum(
-    taps, [jax.lax.slice_in_dim(x, j, j + 2 * count - 1, 2, axis) for j in range(len(taps))]
-  )
-
-
-def _weighted_sum(weights: Sequence[float], terms: Sequence[jax.Array]) -> jax.Array:
-  # Python floats are weakly typed: the sum keeps the terms' precision, be it float32 or float64.
-  if len({abs(w) for w in weights}) == 1:  # Haar: one product for the whole sum
-    signed = [t if w > 0 else -t for w, t in zip(weights, terms, strict=True)]
-    return abs(weights[0]) * functools.reduce(jnp.add, signed)
-  return functools.reduce(jnp.add, [w * t for w, t in zip(weights, terms, strict=True) if w])
-
-
-def _analyse_phases(x, axis, count, filters):
-  """`_strided_sum` over both filters for an axis with little after it.
-
-  Even and odd samples are separated first, which makes every read of the sums contiguous.
-  """
-  lead, inner = x.shape[:axis], math.prod(x.shape[axis + 1 :])
-  pairs = x.reshape(*lead, x.shape[axis] // 2, 2 * inner)
-  phases = [p.reshape(*lead, -1) for p in (pairs[..., :inner], pairs[..., inner:])]
-  size = len(filters[0])
-  terms = [phases[j % 2][..., (j // 2) * inner : (j // 2 + count) * inner] for j in range(size)]
-  results = [_weighted_sum(taps, terms) for taps in filters]
-  shape = (*lead, count, *x.shape[axis + 1 :])
-  return results[0].reshape(shape), results[1].reshape(shape)
-
-
-def _synthesise(approximation, detail, axis: int, wavelet: banks.Wavelet, mode: str) -> jax.Array:
-  """Inverse of `_analyse`; a missing part counts as zeros."""
-  parts = [
-    (part, taps)
-    for part, taps in ((approximation, wavelet.rec_lo), (detail, wavelet.rec_hi))
-    if part is not None
-  ]
-  shape, size = parts[0][0].shape, wavelet.rec_len
-  if any(part.shape != shape for part, _ in parts):
-    raise ValueError(
-      f'approximation {approximation.shape} and detail {detail.shape} differ in shape. Both come'
-      ' from one dwt call; a longer approximation from a deeper level is cut by waverec.'
-    )
-  count = shape[axis]
-  n = banks.synthesis_length(count, wavelet, mode)
-  start, _ = banks.rows(n, size, mode)
-  # Output m is sum_k rec[m - start - 2k] * part[k]. With m - start = 2u + p, phase p of the output
-  # is sum_i rec[2i + p] * part[u - i]: contiguous reads, for each u from first to last.
-  half = size // 2
-  first, last = -start // 2, (n - 1 - start) // 2
-  before = half - 1 - first  # coefficients read from beyond the left end: none but in periodization
-  index = np.arange(-before, last + 1) % count
-  terms, weights = [], ([], [])
-  for part, taps in parts:
-    part = _extend(part, index, before, axis)
-    for i in range(half):
-      terms.append(jax.lax.slice_in_dim(part, half - 1 - i, last - first + half - i, axis=axis))
-      weights[0].append(taps[2 * i])
-      weights[1].append(taps[2 * i + 1])
-  x = jnp.stack([_weighted_sum(w, terms) for w in weights], axis + 1)
-  x = x.reshape(*shape[:axis], 2 * (last - first + 1), *shape[axis + 1 :])
-  begin = -start - 2 * first  # periodization may begin with an odd phase
-  return jax.lax.slice_in_dim(x, begin, begin + n, axis=axis)
-
-
-def split(x: jax.Array, axes, wavelets, modes) -> Details:
-  """One level along several axes, bands by key."""
-  bands = {'': x}
-  for axis, wavelet, mode in zip(axes, wavelets, modes, strict=True):
-    bands = {
-      key + letter: part
-      for key, band in bands.items()
-      for letter, part in zip('ad', _analyse(band, axis, wavelet, mode), strict=True)
-    }
-  return bands
-
-
-def merge(bands: Details, axes, wavelets, modes) -> jax.Array | None:
-  """Inverse of `split`; missing bands are zeros, None if all are missing."""
-  steps = list(zip(axes, wavelets, modes, strict=True))
-  while steps:
-    axis, wavelet, mode = steps.pop()
-    merged = {}
-    for letters in itertools.product('ad', repeat=len(steps)):
-      key = ''.join(letters)
-      pair = bands.get(key + 'a'), bands.get(key + 'd')
-      if any(part is not None for part in pair):
-        merged[key] = _synthesise(*pair, axis, wavelet, mode)
-    bands = merged
-  return bands.get('')
-
-
-# Any number of levels and axes
-
-# Every public function is a view of these two. They are jitted as wholes, so that a call outside
-# `jax.jit` is one program too; inside another jit they dissolve.
-
-
-@functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'level'))
-def _decompose(x, axes, wavelets, modes, level) -> list:
-  """[approximation, details of the deepest level, ..., details of level 1]; details by key."""
-  dtype = floating(x.dtype)
-  x = x.astype(accumulator(dtype))
-  order = list(range(x.ndim))
-  if any(w.dec_len > 2 for w in wavelets):
-    order = _long_rows(x.shape, axes)
-  axes = [order.index(axis) for axis in axes]
-  x = x.transpose(order)
-  result = []
-  for _ in range(level):
-    bands = split(x, axes, wavelets, modes)
-    x = bands.pop('a' * len(axes))
-    result.append(bands)
-  back = [int(i) for i in np.argsort(order)]
-  return jax.tree.map(lambda a: a.transpose(back).astype(dtype), [x, *reversed(result)])
-
-
-@functools.partial(jax.jit, static_argnames=('axes', 'wavelets', 'modes', 'shape'))
-def _recompose(coeffs, axes, wavelets, modes, shape=None) -> jax.Array:
-  """Inverse of `_decompose`; missing or None parts are zeros."""
-  dtype = floating(jnp.result_type(*jax.tree.leaves(coeffs)))
-  coeffs = jax.tree.map(lambda a: a.astype(accumulator(dtype)), coeffs)
-  x, *levels = coeffs
-  for details in levels:
-    bands = {key: band for key, band in details.items() if band is not None}
-    if x is not None:
-      if bands:
-        x = _cut_to(x, next(iter(bands.values())).shape)
-      bands['a' * len(axes)] = x
-    x = merge(bands, axes, wavelets, modes)
-  if x is None:
-    raise ValueError('all coefficients are None; at least one band must be an array.')
-  if shape is not None:
-    x = crop(x, axes, shape)
-  return x.astype(dtype)
-
-
-def floating(dtype) -> Any:
-  """The dtype of a result: the data's own, complex too, and float32 for integers."""
-  return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
-
-
-def accumulator(dtype) -> Any:
-  """At least float32, whatever goes in."""
-  return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
-def _long_rows(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
-  """A permutation that puts a few trailing elements (colours, say) before the transformed axes."""
-  first, last = min(axes), max(axes)
-  trailing = list(range(last + 1, len(shape)))
-  if math.prod(shape[last + 1 :]) >= _SHORT:
-    trailing = []
-  rest = [axis for axis in range(first, len(shape)) if axis not in trailing]
-  return [*range(first), *trailing, *rest]
-
-
-def _cut_to(approximation: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Drops the extra sample that an odd length gains on its way down and up."""
-  excess = [a - b for a, b in zip(approximation.shape, shape, strict=False)]
-  if approximation.ndim != len(shape) or not all(e in (0, 1) for e in excess):
-    raise ValueError(
-      f'approximation {approximation.shape} does not fit the details {shape} of the next level'
-      ' (it may be one longer along an axis). Wavelet, mode and axes must be those of the'
-      ' decomposition.'
-    )
-  return approximation[tuple(slice(n) for n in shape)]
-
-
-def crop(x: jax.Array, axes: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
-  if len(shape) != x.ndim:
-    raise ValueError(f'shape={shape} has {len(shape)} dimensions, the coefficients have {x.ndim}.')
-  for axis in axes:
-    if not x.shape[axis] - 1 <= shape[axis] <= x.shape[axis]:
-      raise ValueError(
-        f'shape={shape} is not what these coefficients come from: they give {x.shape[axis]} samples'
-        f' along axis {axis}, or one fewer.'
-      )
-    x = jax.lax.slice_in_dim(x, 0, shape[axis], axis=axis)
-  return x
-
-
-# The public transforms
-
-
-def _analysis(data, wavelet, mode, level, axes, multilevel=True) -> tuple[list, int]:
-  """Checks the arguments, then `_decompose`; also the number of axes."""
-  data = jnp.asarray(data)
-  axes = banks.as_axes(axes, data.ndim, unique=multilevel)
-  settings = banks.settings(wavelet, mode, axes)
-  sizes = [data.shape[axis] for axis in axes]
-  if multilevel:
-    level = banks.as_level(level, sizes, settings['wavelets'], stacklevel=4)
-  return _decompose(data, level=level, **settings), len(axes)
-
-
-def _synthesis(coeffs: list, wavelet, mode, axes, shape, unique=True) -> jax.Array:
-  """Checks the arguments, then `_recompose`."""
-  arrays = jax.tree.leaves(coeffs)
-  if not arrays:
-    raise ValueError('all coefficients are None; at least one band must be an array.')
-  if len({a.ndim for a in arrays}) > 1:
-    shapes = sorted({a.shape for a in arrays}, key=len)
-    raise ValueError(f'all coefficients need the same number of dimensions, got shapes {shapes}.')
-  axes = banks.as_axes(axes, arrays[0].ndim, unique)
-  for details in coeffs[1:]:
-    keys = {key for key in details if len(key) != len(axes) or set(key) - set('ad')}
-    if keys:
-      raise ValueError(
-        f'keys {sorted(keys)} do not name bands of {len(axes)} transformed axes {axes}: each key has'
-        " one letter per axis, 'a' or 'd'."
-      )
-    shapes = {band.shape for band in details.values() if band is not None}
-    if len(shapes) > 1:
-      raise ValueError(f'the bands of one level differ in shape: {sorted(shapes)}.')
-  shape = None if shape is None else tuple(int(n) for n in shape)
-  return _recompose(coeffs, shape=shape, **banks.settings(wavelet, mode, axes))
-
-
-def _optional(x):
-  return None if x is None else jnp.asarray(x)
-
-
-def _from_triple(details) -> Details:
-  """{'da', 'ad', 'dd'} from PyWavelets' (horizontal, vertical, diagonal)."""
-  if not isinstance(details, Sequence) or len(details) != 3:
-    raise ValueError(
-      'each level of details is a tuple (cH, cV, cD) as dwt2 and wavedec2 return it, got'
-      f' {type(details).__name__}. For a dict use the n-D function.'
-    )
-  return dict(zip(('da', 'ad', 'dd'), map(_optional, details), strict=True))
-
-
-def _to_triple(details: Details) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return details['da'], details['ad'], details['dd']
+from fqjax.ops._wavelet_levels import Details, decompose, recompose
 
 
 def dwt(
@@ -334,8 +37,8 @@ def dwt(
     >>> print(cA, cD)
     [2.1213202 4.9497476] [-0.70710677 -0.70710677]
   """
-  (approximation, details), _ = _analysis(data, wavelet, mode, 1, axis, multilevel=False)
-  return approximation, details['d']
+  bands = dwtn(data, wavelet, mode, axis)
+  return bands['a'], bands['d']
 
 
 def idwt(
@@ -362,8 +65,7 @@ def idwt(
     >>> bool(jnp.allclose(idwt(*dwt(x, 'db2'), 'db2', shape=x.shape), x))
     True
   """
-  bands = {'a': _optional(cA), 'd': _optional(cD)}
-  return _synthesis([None, bands], wavelet, mode, axis, shape)
+  return idwtn({'a': cA, 'd': cD}, wavelet, mode, axis, shape=shape)
 
 
 def dwt2(
@@ -389,10 +91,8 @@ def dwt2(
     >>> cA.shape, float(cA[0, 0, 0, 0].round(3))
     ((64, 112, 112, 3), 2.0)
   """
-  (approximation, details), _ = _analysis(
-    data, wavelet, mode, 1, banks.two_axes(axes), multilevel=False
-  )
-  return approximation, _to_triple(details)
+  bands = dwtn(data, wavelet, mode, banks.two_axes(axes))
+  return bands['aa'], _to_triple(bands)
 
 
 def idwt2(
@@ -424,8 +124,8 @@ def idwt2(
     True
   """
   approximation, details = coeffs
-  bands = {'aa': _optional(approximation), **_from_triple(details)}
-  return _synthesis([None, bands], wavelet, mode, banks.two_axes(axes), shape, unique=False)
+  bands = {'aa': approximation, **_from_triple(details)}
+  return idwtn(bands, wavelet, mode, banks.two_axes(axes), shape=shape)
 
 
 def dwtn(data, wavelet: banks.Wavelets, mode: banks.Modes = 'symmetric', axes=None) -> Details:
@@ -447,8 +147,10 @@ def dwtn(data, wavelet: banks.Wavelets, mode: banks.Modes = 'symmetric', axes=No
     >>> sorted(dwtn(jnp.ones((4, 6)), 'haar'))
     ['aa', 'ad', 'da', 'dd']
   """
-  (approximation, details), count = _analysis(data, wavelet, mode, 1, axes, multilevel=False)
-  return {'a' * count: approximation, **details}
+  data = jnp.asarray(data)
+  axes = banks.as_axes(axes, data.ndim, unique=False)
+  approximation, details = decompose(data, level=1, **banks.settings(wavelet, mode, axes))
+  return {'a' * len(axes): approximation, **details}
 
 
 def idwtn(
@@ -479,8 +181,7 @@ def idwtn(
     >>> bool(jnp.allclose(idwtn(dwtn(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-5))
     True
   """
-  bands = {key: _optional(band) for key, band in coeffs.items()}
-  return _synthesis([None, bands], wavelet, mode, axes, shape, unique=False)
+  return _synthesis([None, dict(coeffs)], wavelet, mode, axes, shape, unique=False)
 
 
 def wavedec(
@@ -509,7 +210,7 @@ def wavedec(
     >>> [c.shape for c in wavedec(jnp.ones(100), 'db2', level=2)]
     [(27,), (27,), (51,)]
   """
-  (approximation, *levels), _ = _analysis(data, wavelet, mode, level, axis)
+  approximation, *levels = _analysis(data, wavelet, mode, level, axis)
   return [approximation, *(details['d'] for details in levels)]
 
 
@@ -541,13 +242,13 @@ def waverec(
     >>> bool(jnp.allclose(waverec(wavedec(x, 'sym4'), 'sym4', shape=x.shape), x, atol=1e-3))
     True
   """
-  approximation, *levels = _coefficients(coeffs)
+  approximation, *levels = _as_list(coeffs)
   if any(isinstance(details, Mapping | Sequence) for details in levels):
     raise ValueError(
       'the details of wavedec are arrays; use waverec2 for tuples, waverecn for dicts.'
     )
-  levels = [{'d': _optional(details)} for details in levels]
-  return _synthesis([approximation, *levels], wavelet, mode, axis, shape)
+  coeffs = [approximation, *({'d': details} for details in levels)]
+  return waverecn(coeffs, wavelet, mode, axis, shape=shape)
 
 
 def wavedec2(
@@ -577,7 +278,7 @@ def wavedec2(
     >>> cA.shape, levels[-1][0].shape
     ((2, 21, 21, 3), (2, 35, 35, 3))
   """
-  (approximation, *levels), _ = _analysis(data, wavelet, mode, level, banks.two_axes(axes))
+  approximation, *levels = _analysis(data, wavelet, mode, level, banks.two_axes(axes))
   return [approximation, *map(_to_triple, levels)]
 
 
@@ -609,9 +310,9 @@ def waverec2(
     >>> bool(jnp.allclose(waverec2(wavedec2(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-4))
     True
   """
-  approximation, *levels = _coefficients(coeffs)
-  levels = [_from_triple(details) for details in levels]
-  return _synthesis([approximation, *levels], wavelet, mode, banks.two_axes(axes), shape)
+  approximation, *levels = _as_list(coeffs)
+  coeffs = [approximation, *map(_from_triple, levels)]
+  return waverecn(coeffs, wavelet, mode, banks.two_axes(axes), shape=shape)
 
 
 def wavedecn(
@@ -641,7 +342,7 @@ def wavedecn(
     >>> cA.shape, level1['ddd'].shape
     ((2, 2, 2), (4, 4, 4))
   """
-  return _analysis(data, wavelet, mode, level, axes)[0]
+  return _analysis(data, wavelet, mode, level, axes)
 
 
 def waverecn(
@@ -672,19 +373,48 @@ def waverecn(
     >>> bool(jnp.allclose(waverecn(wavedecn(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-4))
     True
   """
-  approximation, *levels = _coefficients(coeffs)
-  if not all(isinstance(details, Mapping) for details in levels):
+  coeffs = _as_list(coeffs)
+  if not all(isinstance(details, Mapping) for details in coeffs[1:]):
     raise ValueError(
       'the details of wavedecn are dicts; use waverec for arrays, waverec2 for tuples.'
     )
-  levels = [{key: _optional(band) for key, band in details.items()} for details in levels]
-  return _synthesis([approximation, *levels], wavelet, mode, axes, shape)
+  return _synthesis(coeffs, wavelet, mode, axes, shape, unique=True)
 
 
-def _coefficients(coeffs: Sequence) -> list:
-  if not isinstance(coeffs, Sequence) or len(coeffs) < 1:
-    raise ValueError('coeffs is a list [approximation, details, ...] with at least one element.')
-  return [_optional(coeffs[0]), *coeffs[1:]]
+def _analysis(data, wavelet, mode, level, axes) -> list:
+  """Checks the arguments of a public function, then `decompose`."""
+  data = jnp.asarray(data)
+  axes = banks.as_axes(axes, data.ndim, unique=True)
+  settings = banks.settings(wavelet, mode, axes)
+  sizes = [data.shape[axis] for axis in axes]
+  # A warning points at the caller of the public function.
+  level = banks.as_level(level, sizes, settings['wavelets'], stacklevel=4)
+  return decompose(data, level=level, **settings)
+
+
+def _synthesis(coeffs: list, wavelet, mode, axes, shape, unique: bool) -> jax.Array:
+  """Checks the arguments, then `recompose`."""
+  approximation, *levels = coeffs
+  coeffs = [_optional(approximation), *map(_by_key, levels)]
+  arrays = jax.tree.leaves(coeffs)
+  if not arrays:
+    raise ValueError('all coefficients are None; at least one band must be an array.')
+  if len({a.ndim for a in arrays}) > 1:
+    shapes = sorted({a.shape for a in arrays}, key=len)
+    raise ValueError(f'all coefficients need the same number of dimensions, got shapes {shapes}.')
+  axes = banks.as_axes(axes, arrays[0].ndim, unique)
+  for details in coeffs[1:]:
+    keys = {key for key in details if len(key) != len(axes) or set(key) - set('ad')}
+    if keys:
+      raise ValueError(
+        f'keys {sorted(keys)} do not name bands of {len(axes)} transformed axes {axes}: each key has'
+        " one letter per axis, 'a' or 'd'."
+      )
+    shapes = {band.shape for band in details.values() if band is not None}
+    if len(shapes) > 1:
+      raise ValueError(f'the bands of one level differ in shape: {sorted(shapes)}.')
+  shape = None if shape is None else tuple(int(n) for n in shape)
+  return recompose(coeffs, shape=shape, **banks.settings(wavelet, mode, axes))
 
 
 # One array for all bands
@@ -711,8 +441,8 @@ def coeffs_to_array(coeffs: Sequence, padding: float | None = 0, axes=None):
     >>> array.shape, slices[1]['dd']
     ((8, 8), (slice(2, 4, None), slice(2, 4, None)))
   """
-  approximation, *levels = _coefficients(coeffs)
-  levels = [_by_key(details) for details in levels]
+  approximation, *levels = _as_list(coeffs)
+  approximation, levels = _optional(approximation), [_by_key(details) for details in levels]
   if approximation is None or any(b is None for details in levels for b in details.values()):
     raise ValueError('coeffs_to_array needs every band; use zeros for those you leave out.')
   ndim = approximation.ndim
@@ -786,10 +516,37 @@ def array_to_coeffs(array, coeff_slices: Sequence, output_format: str = 'wavedec
   return [array[coeff_slices[0]], *map(forms[output_format], levels)]
 
 
+# Forms of coefficients
+
+
+def _as_list(coeffs: Sequence) -> list:
+  if not isinstance(coeffs, Sequence) or len(coeffs) < 1:
+    raise ValueError('coeffs is a list [approximation, details, ...] with at least one element.')
+  return list(coeffs)
+
+
+def _optional(x):
+  return None if x is None else jnp.asarray(x)
+
+
 def _by_key(details) -> Details:
-  """Details of one level in any of the three forms, as a dict."""
-  if isinstance(details, Mapping):
-    return {key: _optional(band) for key, band in details.items()}
+  """Details of one level in any of the three forms, as a dict of arrays and None."""
   if isinstance(details, Sequence):
-    return _from_triple(details)
-  return {'d': _optional(details)}
+    details = _from_triple(details)
+  elif not isinstance(details, Mapping):
+    details = {'d': details}
+  return {key: _optional(band) for key, band in details.items()}
+
+
+def _from_triple(details) -> Details:
+  """{'da', 'ad', 'dd'} from PyWavelets' (horizontal, vertical, diagonal)."""
+  if not isinstance(details, Sequence) or len(details) != 3:
+    raise ValueError(
+      'each level of details is a tuple (cH, cV, cD) as dwt2 and wavedec2 return it, got'
+      f' {type(details).__name__}. For a dict use the n-D function.'
+    )
+  return dict(zip(('da', 'ad', 'dd'), details, strict=True))
+
+
+def _to_triple(details: Details) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return details['da'], details['ad'], details['dd']

@@ -30,14 +30,14 @@ def _image(*shape):
 
 @pytest.mark.parametrize('size', [1, 2, 4, 5, 8, 9, 16])
 @pytest.mark.parametrize('lead', [(), (2, 3)])
-def test_is_scipys_dct_of_each_block(x64, strict_dtypes, size, lead):
+def test_is_scipys_dct_of_each_block(x64, size, lead):
   x = _image(*lead, 3 * size, 2 * size, 3)
   y = ops.block_dct(x, size)
   np.testing.assert_allclose(y, _reference(x, size), rtol=0, atol=1e-13)
   np.testing.assert_allclose(ops.block_idct(y, size), x, rtol=0, atol=1e-13)
 
 
-def test_in_float32(strict_dtypes):
+def test_in_float32():
   x = _image(2, 224, 224, 3).astype(np.float32)
   y = ops.block_dct(x)
   assert y.dtype == np.float32 and y.shape == (2, 28, 28, 192)
@@ -45,7 +45,7 @@ def test_in_float32(strict_dtypes):
   np.testing.assert_allclose(ops.block_idct(y), x, **F32)
 
 
-def test_dtypes(strict_dtypes):
+def test_dtypes():
   x = _image(16, 8, 1)
   for dtype, tolerance in ((jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)):
     low = jnp.asarray(x, dtype)
@@ -86,12 +86,12 @@ def test_cropping_blocks_is_slicing():
   np.testing.assert_allclose(ops.block_dct(x[8:24, 16:]), ops.block_dct(x)[1:3, 2:], **F32)
 
 
-def test_energy_is_kept(x64, strict_dtypes):
+def test_energy_is_kept(x64):
   x = _image(16, 24, 3)
   np.testing.assert_allclose(jnp.sum(ops.block_dct(x) ** 2), np.sum(x**2), rtol=1e-13)
 
 
-def test_gradient_is_the_inverse(x64, strict_dtypes):
+def test_gradient_is_the_inverse(x64):
   x, coef = _image(16, 8, 2), _image(2, 1, 128)
   for size in (8, 2):
     y, pull = jax.vjp(lambda x: ops.block_dct(x, size), x)
@@ -101,7 +101,7 @@ def test_gradient_is_the_inverse(x64, strict_dtypes):
   jax.test_util.check_grads(f, (_image(2, 1, 8),), order=1, atol=1e-5, rtol=1e-5)
 
 
-def test_vmap_and_sharding(strict_dtypes):
+def test_vmap_and_sharding():
   x = _image(16, 16, 16, 3).astype(np.float32)
   expected = _reference(x)
   np.testing.assert_allclose(jax.vmap(ops.block_dct)(x), expected, **F32)
@@ -174,7 +174,7 @@ FLIPS = [
 
 @pytest.mark.parametrize('on_blocks, on_pixels', FLIPS)
 @pytest.mark.parametrize('size', [8, 3])
-def test_flips_and_turns_are_exact(x64, strict_dtypes, on_blocks, on_pixels, size):
+def test_flips_and_turns_are_exact(x64, on_blocks, on_pixels, size):
   x = _image(2, 2 * size, 3 * size, 2)
   coef = _reference(x, size)
   y = on_blocks(coef, size=size)
@@ -194,7 +194,7 @@ def test_flip_as_the_specification_says_it():
 
 
 @pytest.mark.parametrize('size, factor', [(8, 2), (8, 3), (4, 2), (4, 4), (5, 1)])
-def test_merge_and_split(x64, strict_dtypes, size, factor):
+def test_merge_and_split(x64, size, factor):
   a = _block_dct._merge_matrix(size, factor)
   np.testing.assert_allclose(a @ a.T, np.eye(size * factor), rtol=0, atol=1e-14)
   large = size * factor
@@ -224,7 +224,7 @@ def test_resizing_keeps_grey_levels():
 
 
 @pytest.mark.parametrize('factors', [2, 3, (1, 2), (3, 2)])
-def test_reducing_undoes_enlarging(x64, strict_dtypes, factors):
+def test_reducing_undoes_enlarging(x64, factors):
   coef = _image(2, 3, 4, 128)
   up = ops.block_resize(coef, up=factors)
   p, q = (factors, factors) if isinstance(factors, int) else factors
@@ -237,7 +237,7 @@ def test_reducing_undoes_enlarging(x64, strict_dtypes, factors):
 
 
 @pytest.mark.parametrize('up, down', [((3, 1), (2, 1)), ((1, 2), (1, 3)), ((2, 4), (1, 3)), (3, 2)])
-def test_rational_resize_in_pixels(x64, strict_dtypes, up, down):
+def test_rational_resize_in_pixels(x64, up, down):
   """Zero-padding and truncating the DCT of blocks, done on pixels by SciPy."""
   up_v, up_h = np.broadcast_to(up, 2)
   down_v, down_h = np.broadcast_to(down, 2)
@@ -258,7 +258,7 @@ def test_rational_resize_in_pixels(x64, strict_dtypes, up, down):
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-13)
 
 
-def test_operators_round_once_in_bfloat16(strict_dtypes):
+def test_operators_round_once_in_bfloat16():
   coef = jnp.asarray(_image(2, 2, 64), jnp.bfloat16)
   y = ops.block_resize(coef, 3, 2)
   assert y.dtype == jnp.bfloat16

@@ -122,7 +122,7 @@ def _images(n, dtype=np.float32, offset=0.0):
 
 
 @pytest.mark.parametrize('offset', [0.0, 1e4])
-def test_statistics_against_numpy(offset, strict_dtypes):
+def test_statistics_against_numpy(offset):
   images = _images(53, offset=offset)
   update = jax.jit(update_statistics)
   state = init_statistics(3)
@@ -144,7 +144,7 @@ def test_statistics_against_numpy(offset, strict_dtypes):
   np.testing.assert_allclose(std, want_std, rtol=rtol)
 
 
-def test_statistics_in_float64_are_exact(x64, strict_dtypes):
+def test_statistics_in_float64_are_exact(x64):
   images = _images(40, np.float64, offset=1e6)
   state = init_statistics(3, jnp.float64)
   for start in range(0, 40, 8):
@@ -154,7 +154,7 @@ def test_statistics_in_float64_are_exact(x64, strict_dtypes):
     np.testing.assert_allclose(got, want, rtol=1e-8)
 
 
-def test_merge_is_update_in_any_order(strict_dtypes):
+def test_merge_is_update_in_any_order():
   images = _images(30)
   parts = [update_statistics(init_statistics(3), images[a:b]) for a, b in ((0, 4), (4, 5), (5, 30))]
   whole = update_statistics(init_statistics(3), images)
@@ -167,7 +167,7 @@ def test_merge_is_update_in_any_order(strict_dtypes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), merged, whole)
 
 
-def test_statistics_of_integers_and_of_nothing(strict_dtypes):
+def test_statistics_of_integers_and_of_nothing():
   x = np.array([[[1, 3]], [[5, 7]]], np.int16).reshape(2, 2, 1)
   state = update_statistics(init_statistics(1), x)
   assert [float(v[0]) for v in state[1:]] == [4.0, 1.0, 4.0]

