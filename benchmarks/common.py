@@ -13,9 +13,7 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import pathlib
-import platform
 import re
 import resource
 import sys
@@ -24,6 +22,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from experiments import ledger
 
 KEYS = ('name', 'value', 'unit', 'peer', 'ratio', 'goal', 'spread')
 # The peer of rows whose ratio is the share of the machine's memory bandwidth.
@@ -125,31 +125,13 @@ def speedup_row(
 # The machine
 
 
-def cpu_name() -> str:
-  """Model of the processor, as the system calls it."""
-  try:
-    info = pathlib.Path('/proc/cpuinfo').read_text()
-  except OSError:
-    info = ''
-  found = re.search(r'^model name\s*:\s*(.+)$', info, re.MULTILINE)
-  return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def thread_count() -> int:
-  """Cores this process may use."""
-  try:
-    return len(os.sched_getaffinity(0))
-  except AttributeError:  # macOS
-    return os.cpu_count() or 1
-
-
 def copier(array: np.ndarray) -> Callable[[], None]:
   """A function that copies `array` into memory already mapped, with all cores.
 
   It reads and writes every byte once: the least any transform of the array has to do.
   """
   target = np.empty_like(array)
-  threads = thread_count()
+  threads = ledger.core_count()
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   pairs = list(
     zip(
@@ -237,15 +219,13 @@ def finish(
   for row in rows:
     if set(row) != set(KEYS):
       raise ValueError(f'a benchmark row has the keys {KEYS}, got {tuple(row)}.')
-  print(f'{cpu_name()}, {thread_count()} threads, jax {jax.__version__} {jax.default_backend()}')
+  print(f'{ledger.hardware()}; jax {jax.__version__} {jax.default_backend()}')
   print(table(rows))
   if args.json:
     rows = [{key: _plain(row[key]) for key in KEYS} for row in rows]
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(rows, indent=1) + '\n')
   if args.record:
-    from experiments import ledger
-
     metrics = metrics or {}
     recorded = [row for row in rows if metrics.get(row['name'], '') is not None]
     ledger.append([ledger_row(row, data, metric=metrics.get(row['name'])) for row in recorded])
@@ -275,8 +255,6 @@ def table(rows: Sequence[Row]) -> str:
 
 def _reached(row: Row) -> bool | None:
   """Whether a row meets its goal; None without one, or where nobody said which way is better."""
-  from experiments import ledger
-
   metric = _metric(row)
   if row['goal'] is None or metric is None:
     return None
@@ -296,8 +274,6 @@ def ledger_row(row: Row, data: str = '', module: str | None = None, metric: str 
 
   The value is the ratio, or the row's own value where there is no ratio or a `metric` is given.
   """
-  from experiments import ledger
-
   command = ledger.command(module=module)
   parts = command.split()[2], data or 'none', jax.default_backend(), row['name']
   has_ratio, by_ratio = row['ratio'] is not None, row['ratio'] is not None and metric is None

@@ -21,6 +21,7 @@ import jax.scipy.fft
 import numpy as np
 
 from benchmarks import common
+from experiments import ledger
 from fqjax import ops
 
 SHAPE = (64, 224, 224, 3)
@@ -33,7 +34,7 @@ Contenders = Mapping[str, Callable[[], object]]
 
 def worker_counts() -> list[int]:
   """1, 2, 4, ... and all cores."""
-  most = common.thread_count()
+  most = ledger.core_count()
   return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 

@@ -17,9 +17,9 @@ larger image. Run again with the same `--workdir`, it goes on where it stopped. 
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
-import os
 import pathlib
 import re
 import time
@@ -35,9 +35,11 @@ import numpy as np
 import optax
 
 from experiments import ledger
+import fqjax
 from fqjax import data as fd
-from fqjax import models, ops, tracing, train
+from fqjax import files, models, ops, tracing, train
 from fqjax import nn as fnn
+from fqjax.train.distributed import fail_together
 
 
 class Setting(NamedTuple):
@@ -88,7 +90,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
   check_same_experiment(workdir, config)
   train.synchronize('configuration read')
   if first:
-    write_atomically(workdir / 'config.json', config.to_json_best_effort(indent=2))
+    files.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
   # The seeds of a setting, and a restarted run, find their programs compiled.
   train.enable_compile_cache((workdir / 'jax_cache').absolute())
 
@@ -113,14 +115,14 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
         say(f'[{i * len(config.seeds) + j + 1}/{len(config.settings) * len(config.seeds)}] '
             f'{name}, seed {seed} -> {folder}')  # fmt: skip
         if program is None:
-          program = build(config, name, channels, sources[0], mesh)
+          program = build(config, name, channels, sources[0], mesh, workdir)
         result = run(config, name, seed, program, sources, folder, mesh)
       runs.setdefault(name, []).append(result)
 
   # ---------------------------------------------------------------- outcome
   rows = compare(workdir, runs)
   if first:
-    write_atomically(workdir / 'results.json', json.dumps(rows, indent=2))
+    files.write_text(workdir / 'results.json', json.dumps(rows, indent=2))
     write_report(config, workdir, rows, runs, sources[1])
     if config.record:
       record(config, workdir, rows)
@@ -239,7 +241,7 @@ def check_channels(folder: pathlib.Path, channels: tuple[int, ...] | None) -> No
       )
   elif train.is_main():
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(now))
+    files.write_text(path, json.dumps(now))
   train.synchronize(f'channels of {folder.name}')
 
 
@@ -328,7 +330,7 @@ def sides(config, name: str) -> int:
   return config.size if SETTINGS[name].large else config.rgb_size
 
 
-def make_spec(config, name: str, channels, source) -> fd.InputSpec:
+def make_spec(config, name: str, channels, source, workdir=None) -> fd.InputSpec:
   """Input of a setting; coefficients are normalised by statistics of training images alone."""
   setting, size = SETTINGS[name], sides(config, name)
   augmentation: dict[str, Any] = {}
@@ -355,16 +357,51 @@ def make_spec(config, name: str, channels, source) -> fd.InputSpec:
     check_stored(config, name, spec, stored(source))
   if config.dct.statistics != 'pooled':
     return fd.spec_with_statistics(spec, config.dct.statistics)
-  loader = fd.Loader(
-    source,
-    batch_size=min(50, len(source)),
-    transform=eval_transform(config, source, size),
-    process_index=0,  # every process sees the same images, hence the same statistics
-    process_count=1,
-  )
-  batches = itertools.islice(loader, -(-config.dct.statistics_images // loader.batch_size))
-  statistics = fd.estimate_statistics(spec, batches)
-  return fd.spec_with_statistics(spec, statistics)
+  # Taken of all channels the source has: settings that differ in their subset share them.
+  kept = (stored(source) or {}).get('channels')
+  whole = dataclasses.replace(spec, channels=tuple(kept) if kept else None)
+  whole = pooled_statistics(config, whole, source, workdir)
+  have = list(kept or range(whole.num_channels))
+  at = [have.index(channel) for channel in spec.channels or have]
+  mean, std = ([vector[i] for i in at] for vector in (whole.mean, whole.std))
+  return dataclasses.replace(spec, mean=tuple(mean), std=tuple(std))
+
+
+def pooled_statistics(config, spec: fd.InputSpec, source, workdir=None) -> fd.InputSpec:
+  """The spec with mean and deviation of training images, estimated once per workdir."""
+  d, images = config.data, config.dct.statistics_images
+
+  def estimate():
+    loader = fd.Loader(
+      source,
+      batch_size=min(50, len(source)),
+      transform=eval_transform(config, source, spec.size),
+      process_index=0,
+      process_count=1,
+    )
+    batches = itertools.islice(loader, -(-images // loader.batch_size))
+    return fd.spec_with_statistics(spec, fd.estimate_statistics(spec, batches))
+
+  if workdir is None:
+    return estimate()
+  depends = {
+    'spec': dataclasses.asdict(spec),
+    'data': [d.name, d.train_split, d.data_dir, len(source), stored(source)],
+    # What comes before the DCT: photographs are cropped, images of one size are not.
+    'photographs': d.augment == 'random_resized_crop',
+    'images': images,
+    'version': fqjax.__version__,
+  }
+  key = json.dumps(depends, sort_keys=True)
+  path = workdir / f'statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json'
+  # By every process, so that none waits long; then all take what the first one wrote.
+  mine = None if path.exists() else estimate()
+  with fail_together():
+    if train.is_main() and mine is not None:
+      found = {'depends': depends, 'mean': mine.mean, 'std': mine.std}
+      files.write_text(path, json.dumps(found))
+  found = json.loads(path.read_text())
+  return dataclasses.replace(spec, mean=tuple(found['mean']), std=tuple(found['std']))
 
 
 def make_network(config, name: str, spec: fd.InputSpec, num_classes: int) -> nn.Module:
@@ -386,10 +423,10 @@ def make_network(config, name: str, spec: fd.InputSpec, num_classes: int) -> nn.
   return models.create_model(m.name + setting.suffix, num_classes=num_classes, **options)
 
 
-def build(config, name: str, channels, source, mesh) -> Program:
+def build(config, name: str, channels, source, mesh, workdir=None) -> Program:
   """Input, network, optimiser and compiled steps of one setting."""
   setting = SETTINGS[name]
-  spec = make_spec(config, name, channels, source)
+  spec = make_spec(config, name, channels, source, workdir)
   model = make_network(config, name, spec, source.num_classes)
 
   # Schedule and optimiser are the same for every setting.
@@ -428,7 +465,7 @@ def build(config, name: str, channels, source, mesh) -> Program:
     loss = jnp.sum(weight * optax.softmax_cross_entropy(logits, target))
     calls = model_state['calls']
     metrics = {
-      'top1': jnp.sum(weight * (logits.argmax(-1) == batch['label'])),
+      'top1': jnp.sum(weight, where=logits.argmax(-1) == batch['label']),
       'lr': jnp.asarray(lr(calls // o.accumulate), jnp.float32),
     }
     state = {'batch_stats': new['batch_stats'], 'calls': calls + 1}
@@ -449,8 +486,8 @@ def build(config, name: str, channels, source, mesh) -> Program:
     sums = {
       'count': mask.sum(),
       'loss': (entropy * mask).sum(),
-      'top1': (hit[:, 0] * mask).sum(),
-      'top5': (hit.any(-1) * mask).sum(),
+      'top1': mask.sum(where=hit[:, 0]),
+      'top5': mask.sum(where=hit.any(-1)),
     }
     if setting.gate:
       sums['channels_on'] = (new['gates']['gate']['on'].sum(-1) * mask).sum()
@@ -499,7 +536,9 @@ def schedule(o, total: int, steps_per_epoch: int) -> optax.Schedule:
     )
   else:
     raise ValueError(f"optim.schedule is 'cosine' or 'step', got {o.schedule!r}")
-  return optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(warmup, 1)), after], [warmup])
+  both = optax.join_schedules([optax.linear_schedule(0.0, o.lr, max(warmup, 1)), after], [warmup])
+  # A float: dividing an integer count would be an implicit promotion.
+  return lambda count: both(jnp.asarray(count, jnp.float32))
 
 
 def network_costs(model, spec) -> dict[str, float]:
@@ -590,9 +629,12 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     variables['params'], model_state, program.tx, jax.random.fold_in(key, 1), ema=use_ema
   )
 
+  last: dict[str, float] = {}
+
   def validate(state):
     means = train.evaluate(program.eval_step, state, validation, mesh=mesh, use_ema=use_ema)
-    return {f'val/{k}': v for k, v in means.items()}
+    last.update({f'val/{k}': v for k, v in means.items()})
+    return last
 
   fitted = train.fit(
     state,
@@ -609,7 +651,7 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     profile=config.profile,
   )
   final = fitted.state.ema if use_ema else fitted.state
-  scored = predictions(program, final, validation, mesh)
+  scored, damaged = predictions(program, final, validation, mesh)
   hit = scored['top'] == scored['label'][:, None]
   result = {
     'setting': name,
@@ -620,6 +662,11 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     'seconds': next((h['seconds'] for h in reversed(fitted.history) if 'seconds' in h), 0.0),
     'hardware': ledger.hardware(),
     'revision': ledger.revision(),
+    'corrupt': {
+      'training': dataclasses.asdict(fitted.corrupt),
+      # Every image is looked at once; the names are this process's.
+      'validation': {'count': len(sources[1]) - len(hit), 'files': damaged},
+    },
     **program.costs,
   }
   if program.spec.channels is not None:
@@ -628,27 +675,28 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
     # Counted over the whole of training, on training images alone.
     frequency = fnn.selection_frequency(fitted.state.model_state['selection'])
     result['selection'] = np.asarray(frequency).tolist()
-    result['channels_on'] = validate(fitted.state)['val/channels_on']
+    # Nothing was evaluated if an earlier start had made the last step already.
+    result['channels_on'] = (last or validate(fitted.state))['val/channels_on']
   if train.is_main():
     save_arrays(folder / 'predictions.npz', **scored)
     trained = {'params': final.params, 'batch_stats': final.model_state['batch_stats']}
     save_arrays(folder / 'variables.npz', **flatten_dict(jax.device_get(trained), sep='/'))
     # What the network has to be fed with: size, channels, mean, standard deviation.
-    write_atomically(folder / 'input.json', json.dumps(dataclasses.asdict(program.spec)))
-    write_atomically(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
+    files.write_text(folder / 'input.json', json.dumps(dataclasses.asdict(program.spec)))
+    files.write_text(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
   train.synchronize(f'{name} {seed} written')  # before another process reads it
   return result
 
 
-def predictions(program: Program, state, loader, mesh) -> dict[str, np.ndarray]:
-  """Five most probable classes of every validation image, in the order of the source."""
-  parts = []
-  for batch in loader:
+def predictions(program: Program, state, loader, mesh) -> tuple[dict[str, np.ndarray], dict]:
+  """Five most probable classes of every validation image, and what could not be decoded."""
+  parts, batches = [], iter(loader)
+  for batch in batches:
     out = program.predict(state.params, state.model_state, train.shard_batch(batch, mesh))
     parts.append(jax.device_get(out))
   merged = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
   real = merged.pop('mask') > 0
-  return {k: v[real] for k, v in merged.items()}
+  return {k: v[real] for k, v in merged.items()}, batches.corrupt.files
 
 
 # ---------------------------------------------------------------------------- comparison
@@ -667,7 +715,7 @@ def compare(workdir, runs) -> list[dict]:
       'setting': name,
       'title': SETTINGS[name].title,
       'top1': float(np.mean([r['top1'] for r in results])),
-      'spread': quadrature(100 * right[name]),
+      'spread': ledger.standard_error(100 * right[name]) or 0.0,
       'top5': float(np.mean([r['top5'] for r in results])),
       'seeds': len(results),
       'samples': results[0]['samples'],
@@ -678,10 +726,21 @@ def compare(workdir, runs) -> list[dict]:
     if SETTINGS[name].gate:
       row['channels_on'] = float(np.mean([r['channels_on'] for r in results]))
     if name != 'rgb' and 'rgb' in right:
-      difference = 100 * (right[name] - right['rgb'])
-      row.update(gain=float(difference.mean()), gain_spread=quadrature(difference))
+      row['gain'], row['gain_spread'] = paired_gain(right, name, 'rgb')
+    controls = [c for c in ('rgb_half_idct', 'rgb_large_patchify') if c in right]
+    if SETTINGS[name].kind == 'dct' and controls:
+      # The control that leaves the least of the gain.
+      gains = {control: paired_gain(right, name, control) for control in controls}
+      row['control'] = min(gains, key=lambda c: gains[c][0])
+      row['control_gain'], row['control_gain_spread'] = gains[row['control']]
     rows.append(row)
   return rows
+
+
+def paired_gain(right, name: str, other: str) -> tuple[float, float]:
+  """Difference in top-1 points on the same images, and its standard error."""
+  difference = 100 * (right[name] - right[other])
+  return float(difference.mean()), ledger.standard_error(difference) or 0.0
 
 
 def correctness(workdir, name: str, results) -> np.ndarray:
@@ -694,14 +753,6 @@ def correctness(workdir, name: str, results) -> np.ndarray:
   return np.stack(per_seed).astype(np.float64)
 
 
-def quadrature(values: np.ndarray) -> float:
-  """Standard error of the mean of [seeds, images], from both kinds of variation."""
-  seeds, images = values.shape
-  over_images = values.mean(0).std(ddof=1) / images**0.5 if images > 1 else 0.0
-  over_seeds = values.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
-  return float(np.hypot(over_images, over_seeds))
-
-
 def print_table(rows: list[dict]) -> None:
   """The comparison on the terminal."""
   print(f'\n{"setting":<32}{"top-1 %":>16}{"input bytes":>13}{"values":>9}{"MACs":>9}{"gain":>16}')
@@ -710,7 +761,23 @@ def print_table(rows: list[dict]) -> None:
     top1 = f'{row["top1"]:.2f} ± {row["spread"]:.2f}'
     print(f'{row["title"]:<32}{top1:>16}{row["input_bytes"]:>13,}{row["input_values"]:>9,}'
           f'{row["macs"] / 1e6:>8.2f}M{gain:>16}')  # fmt: skip
+  for row in rows:
+    if 'control' in row:
+      print(f'{row["title"]}: {row["control_gain"]:+.2f} ± {row["control_gain_spread"]:.2f}'
+            f' over {SETTINGS[row["control"]].title}')  # fmt: skip
   print('± is one standard error (seeds and images together; paired for the gain).\n')
+
+
+def left_out(runs) -> dict[str, fd.Corrupt]:
+  """What could not be decoded in all runs together; every run sees the same validation images."""
+  found = {'training': fd.Corrupt(), 'validation': fd.Corrupt()}
+  for result in itertools.chain(*runs.values()):
+    for part, corrupt in result.get('corrupt', {}).items():
+      total = found[part]
+      count = corrupt['count']
+      total.count = max(total.count, count) if part == 'validation' else total.count + count
+      total.files.update(corrupt['files'])
+  return found
 
 
 def write_report(config, workdir, rows, runs, source) -> None:
@@ -772,6 +839,7 @@ def write_report(config, workdir, rows, runs, source) -> None:
     samples=samples,
     tables=(table,),
     hardware=ledger.hardware(),
+    corrupt=left_out(runs),
   )
 
 
@@ -817,6 +885,9 @@ def record(config, workdir: pathlib.Path, rows) -> None:
     if 'gain' in row:
       goal = config.goal if setting.kind == 'dct' and config.goal else None
       add('gain', row['gain'], spread=row['gain_spread'], reference='rgb', goal=goal)
+    if 'control' in row:
+      value, spread = row['control_gain'], row['control_gain_spread']
+      add('gain_over_controls', value, spread=spread, reference=row['control'])
     for metric, key in (
       ('input_bytes', 'input_bytes'),
       ('input_values', 'input_values'),
@@ -827,7 +898,7 @@ def record(config, workdir: pathlib.Path, rows) -> None:
       if key in row:
         add(metric, row[key])
   ledger.append(out)
-  write_atomically(path, json.dumps(rows))
+  files.write_text(path, json.dumps(rows))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -858,19 +929,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a text file that is either whole or not there."""
-  part = path.with_name(path.name + '.part')
-  part.write_text(text)
-  os.replace(part, path)
-
-
 def save_arrays(path: pathlib.Path, **arrays) -> None:
   """Writes an .npz that is either whole or not there."""
-  part = path.with_name(path.name + '.part')
-  with part.open('wb') as f:
+  with files.replacing(path) as unfinished, unfinished.open('wb') as f:
     np.savez_compressed(f, **arrays)
-  os.replace(part, path)
 
 
 def read_result(folder: pathlib.Path) -> dict | None:

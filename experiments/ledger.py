@@ -35,11 +35,12 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from typing import Any, NamedTuple
 import warnings
 
 import numpy as np
+
+from fqjax import files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -68,6 +69,9 @@ METRICS = {
   'loss': Metric('nat', False, 'mean loss on held-out data'),
   'perplexity': Metric('1', False, 'exp of the mean loss per token'),
   'gain': Metric('points', True, 'paired difference in top-1 to the run named in reference'),
+  'gain_over_controls': Metric(
+    'points', True, 'the smallest paired difference in top-1 to a control, named in reference'
+  ),
   'compression': Metric('x', True, 'dense weights over kept weights'),
   'compression_bytes': Metric('x', True, 'float32 bytes over all stored bytes'),
   'bits_per_weight': Metric('bit', False, 'stored bits over dense weights'),
@@ -106,13 +110,23 @@ def _processor() -> str:
   found = re.search(r'^(?:flags|Features)\s*:\s*(.+)$', info, re.MULTILINE)
   flags = set(found[1].split()) if found else set()
   wanted = ('avx2', 'avx512f', 'avx_vnni', 'avx512_vnni', 'amx_int8', 'asimddp', 'i8mm')
-  try:
-    cores = len(os.sched_getaffinity(0))
-  except AttributeError:  # macOS
-    cores = os.cpu_count() or 1
+  cores = core_count()
   model = name[1].strip() if name else platform.processor() or platform.machine()
   units = ' '.join(f for f in wanted if f in flags)
   return f'{model}, {cores} core{"s" * (cores != 1)}' + (f', {units}' if units else '')
+
+
+def core_count() -> int:
+  """Cores this process may use.
+
+  Example:
+    >>> core_count() > 0
+    True
+  """
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # macOS
+    return os.cpu_count() or 1
 
 
 def hardware() -> str:
@@ -212,17 +226,30 @@ def _without_paths(word: str) -> str:
 # -------------------------------------------------------------------- spread
 
 
-def standard_error(values: Iterable[float]) -> float | None:
+def standard_error(values: Iterable[float] | np.ndarray) -> float | None:
   """Standard error of the mean of independent measurements; None for a single one.
+
+  Each axis of an array, such as [seeds, images], is a source of variation of its own: the standard
+  errors of the means along them are added in quadrature. An axis of length 1 adds nothing.
+
+  Raises:
+    ValueError: there is no value.
 
   Example:
     >>> standard_error([1.0, 2.0, 3.0])
     0.5773502691896258
+    >>> standard_error(np.array([[0.0, 0.0], [4.0, 4.0]]))
+    2.0
   """
-  values = np.asarray(list(values), np.float64)
+  values = np.asarray(values if isinstance(values, np.ndarray) else list(values), np.float64)
   if values.size == 0:
     raise ValueError('standard_error needs at least one value.')
-  return None if values.size == 1 else float(values.std(ddof=1) / math.sqrt(values.size))
+  errors = []
+  for axis, n in enumerate(values.shape):
+    if n > 1:
+      means = np.moveaxis(values, axis, 0).reshape(n, -1).mean(1)
+      errors.append(means.std(ddof=1) / math.sqrt(n))
+  return math.hypot(*errors) if errors else None
 
 
 def paired_standard_error(a: Iterable[float], b: Iterable[float]) -> float | None:
@@ -323,10 +350,13 @@ class Row:
 
   @property
   def reached(self) -> str:
-    """'yes', 'no', or '' without a goal."""
+    """'yes', 'no', or '' without a goal; a gain below twice its standard error is none."""
     if self.goal is None:
       return ''
     better = self.value >= self.goal if METRICS[self.metric].larger else self.value <= self.goal
+    # A difference counts from twice its standard error on.
+    if self.metric.startswith('gain') and self.spread is not None:
+      better = better and self.value > 2 * self.spread
     return 'yes' if better else 'no'
 
   def cells(self) -> list[str]:
@@ -644,6 +674,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     (
       Column('top-1 %', 'top1'),
       Column('gain, points', 'gain'),
+      Column('over the controls', 'gain_over_controls'),
       Column('input bytes', 'input_bytes'),
       Column('input values', 'input_values'),
       Column('million MACs', 'macs', 1e6),
@@ -751,19 +782,12 @@ def main(argv: Sequence[str] | None = None, root: pathlib.Path = ROOT) -> int:
       if args.check and new != old:
         problems.append('README.md is out of date: run python -m experiments.ledger --write')
       if args.write and new != old:
-        _replace(readme, new)
+        files.write_text(readme, new)
         print('README.md renewed')
   for problem in problems:
     print(problem, file=sys.stderr)
   print(f'{len(rows)} rows, {len(short)} short of their goal, {len(problems)} problems')
   return 1 if problems else 0
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False) as file:
-    file.write(text)
-  os.chmod(file.name, path.stat().st_mode)
-  os.replace(file.name, path)
 
 
 if __name__ == '__main__':

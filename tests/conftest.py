@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +23,16 @@ def _fixed_seeds():
   np.random.seed(0)  # noqa: NPY002 (for code under test that draws from it)
 
 
-@pytest.fixture
-def strict_dtypes():
-  """Raises on any implicit dtype promotion while the test runs."""
-  with jax.numpy_dtype_promotion('strict'):
+@pytest.fixture(autouse=True)
+def _promotion(request):
+  """Implicit dtype promotion raises, except in tests marked `promotes(reason)`."""
+  marker = request.node.get_closest_marker('promotes')
+  if marker is None:
+    yield
+    return
+  if len(marker.args) != 1 or not isinstance(marker.args[0], str):
+    pytest.fail("say whose code promotes dtypes: @pytest.mark.promotes('Flax in bfloat16')")
+  with jax.numpy_dtype_promotion('standard'):
     yield
 
 

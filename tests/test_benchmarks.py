@@ -165,7 +165,6 @@ def test_a_missing_peer_is_named_where_it_is_used(monkeypatch, name):
 
 
 def test_machine():
-  assert common.cpu_name() and common.thread_count() >= 1
   source = np.arange(1000.0)
   assert common.copier(source)() is None
   assert common.copy_bandwidth(1, 2) > 1e6

@@ -10,13 +10,12 @@ from fqjax.data._images import encode_jpeg as encode_jpeg
 from fqjax.data._loader import Corrupt as Corrupt
 from fqjax.data._loader import Loader as Loader
 from fqjax.data._loader import LoaderIterator as LoaderIterator
-from fqjax.data._loader import Prefetcher as Prefetcher
-from fqjax.data._loader import prefetch_to_device as prefetch_to_device
 from fqjax.data._named import load_source as load_source
 from fqjax.data._records import RecordSource as RecordSource
 from fqjax.data._sources import ArraySource as ArraySource
 from fqjax.data._sources import CachedSource as CachedSource
 from fqjax.data._sources import FolderSource as FolderSource
+from fqjax.data._sources import PartSource as PartSource
 from fqjax.data._sources import Source as Source
 from fqjax.data._sources import TfdsSource as TfdsSource
 from fqjax.data._sources import ZipSource as ZipSource
@@ -38,7 +37,7 @@ __all__ = [
   'InputSpec',
   'Loader',
   'LoaderIterator',
-  'Prefetcher',
+  'PartSource',
   'RecordSource',
   'Source',
   'TfdsSource',
@@ -51,7 +50,6 @@ __all__ = [
   'estimate_statistics',
   'load_source',
   'pad_crop',
-  'prefetch_to_device',
   'preprocess',
   'random_flip',
   'random_resized_crop',

@@ -1,7 +1,6 @@
 """Batches from a source: one order for any number of workers and processes, and a position."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
 import logging
@@ -407,86 +406,3 @@ class LoaderIterator:
   def __del__(self):
     if getattr(self, '_inner', None) is not None:
       self.close()
-
-
-class Prefetcher:
-  """Iterator of `prefetch_to_device`, which explains it.
-
-  Args:
-    iterator: Of a `Loader`.
-    put: Takes a batch to the device.
-    size: Batches held ready.
-  """
-
-  def __init__(self, iterator: Iterator[Batch], put: Callable[[Batch], Any], size: int):
-    if size < 1:
-      raise ValueError(f'prefetch_to_device needs size >= 1, got {size}.')
-    self._iterator, self._put, self._size = iterator, put, size
-    self._ready: deque[tuple[Any, Any]] = deque()
-    self._state = self._position()
-
-  def _position(self) -> Any:
-    get_state = getattr(self._iterator, 'get_state', None)
-    return None if get_state is None else get_state()
-
-  @property
-  def corrupt(self) -> Corrupt:
-    """What the loader could not decode so far."""
-    return self._iterator.corrupt  # type: ignore[attr-defined]
-
-  def __iter__(self) -> 'Prefetcher':
-    return self
-
-  def __next__(self) -> Any:
-    while len(self._ready) < self._size:
-      try:
-        batch = next(self._iterator)
-      except StopIteration:
-        break
-      self._ready.append((self._put(batch), self._position()))
-    if not self._ready:
-      raise StopIteration
-    value, self._state = self._ready.popleft()
-    return value
-
-  def get_state(self) -> Any:
-    """The position after the last batch handed out, not after those on their way."""
-    return self._state
-
-  def set_state(self, state: Any) -> None:
-    """Goes to a saved position; what was on its way is dropped."""
-    self._iterator.set_state(state)  # type: ignore[attr-defined]
-    self._ready.clear()
-    self._state = self._position()
-
-  def close(self) -> None:
-    """Closes the iterator beneath."""
-    self._ready.clear()
-    if (close := getattr(self._iterator, 'close', None)) is not None:
-      close()
-
-
-def prefetch_to_device(
-  iterator: Iterator[Batch], put: Callable[[Batch], Any], size: int = 2
-) -> Prefetcher:
-  """Sends batches to the device ahead of their use.
-
-  Transfers are asynchronous, so that `put` returns at once and the copy runs while the step before
-  computes.
-
-  Args:
-    iterator: usually a `LoaderIterator`.
-    put: moves a batch, such as `lambda batch: shard_batch(batch, mesh)`.
-    size: batches under way.
-
-  Returns:
-    An iterator with `get_state` and `set_state` of the batches handed out.
-
-  Raises:
-    ValueError: size < 1.
-
-  Example:
-    >>> list(prefetch_to_device(iter([1, 2, 3]), lambda x: 10 * x))
-    [10, 20, 30]
-  """
-  return Prefetcher(iterator, put, size)

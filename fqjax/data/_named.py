@@ -34,7 +34,8 @@ def load_source(name: str, split: str = 'train', **options: Any) -> Source:
 
   Args:
     name: one of
-      'photo_patches': 64 x 64 patches of ten photographs, embedded, needs `fqjax[demo]`;
+      'photo_patches': 64 x 64 patches of ten photographs, embedded, needs `fqjax[demo]` ('train_outer'
+      and 'train_inner' are disjoint regions of 'train');
       'synthetic': gratings in noise, needs nothing (options n, size, num_classes);
       'mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples': from the folder named
       by the environment variable FQJAX_DATA_DIR;

@@ -109,7 +109,8 @@ def photo_patches(
   Args:
     split: 'train' or 'test' ('val', 'validation'); 'train_outer' and 'train_inner' are two disjoint
       parts of the training regions on which settings can be chosen without seeing a test patch.
-    per_class: patches per photograph; 320 for training and 80 for testing if None.
+    per_class: patches per photograph; if None 320 for 'train', 240 for 'train_outer', 80 for the
+      others.
     quality: JPEG quality.
     cache: keep decoded patches in memory.
 

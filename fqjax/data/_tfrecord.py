@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 import functools
-import os
 import pathlib
 import struct
 from typing import BinaryIO
 
 import numpy as np
+
+from fqjax import files
 
 _BLOCK = 1024
 _MASK = 0xA282EAD8
@@ -124,10 +125,9 @@ def convert_shard(
   """
   from array_record.python import array_record_module  # type: ignore[attr-defined]
 
-  temporary = target.with_name(f'{target.name}.{os.getpid()}.tmp')
-  try:
+  with files.replacing(target) as unfinished:
     # What TFDS itself writes.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
+    writer = array_record_module.ArrayRecordWriter(str(unfinished), 'group_size:1')
     found = 0
     try:
       for record in read_tfrecords(source):
@@ -138,13 +138,3 @@ def convert_shard(
       writer.close()
     if found != count:
       raise ValueError(f'{source} holds {found} examples, its dataset_info.json says {count}.')
-    sync(temporary)
-    os.replace(temporary, target)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def sync(path: pathlib.Path) -> None:
-  """Waits until a file is on the disk."""
-  with open(path, 'rb+') as f:
-    os.fsync(f.fileno())

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from fqjax import files
 from fqjax.data import _coefficients, _images, _named, _records, _sources, _tfrecord, _transforms
 
 PLAN = 'plan.json'
@@ -96,14 +97,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file that is either absent, the old one or the whole new one."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    temporary.write_text(json.dumps(value, indent=1), encoding='utf-8')
-    _tfrecord.sync(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write_text(path, json.dumps(value, indent=1))
 
 
 def _convert(plan: Plan, example: dict[str, Any], index: int) -> _records.Record:
@@ -167,11 +161,10 @@ def _write_shard(plan: Plan, path: pathlib.Path, start: int, stop: int) -> None:
   from array_record.python import array_record_module  # type: ignore[attr-defined]
 
   source = _open_source(plan.source, plan.split, json.dumps(plan.options, sort_keys=True))
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   count, skipped = 0, []
-  try:
-    packing = 'uncompressed' if plan.compression == 'none' else 'zstd:3'
-    writer = array_record_module.ArrayRecordWriter(str(temporary), f'group_size:1,{packing}')
+  packing = 'uncompressed' if plan.compression == 'none' else 'zstd:3'
+  with files.replacing(path) as unfinished:
+    writer = array_record_module.ArrayRecordWriter(str(unfinished), f'group_size:1,{packing}')
     try:
       for index in range(start, stop):
         try:
@@ -186,14 +179,10 @@ def _write_shard(plan: Plan, path: pathlib.Path, start: int, stop: int) -> None:
         _tick()
     finally:
       writer.close()
-    _tfrecord.sync(temporary)
-    size = temporary.stat().st_size
+    size = unfinished.stat().st_size
     # The description first: a shard under its final name always has one.
     description = {'file': path.name, 'count': count, 'bytes': size, 'skipped': skipped}
     _write_json(_description(path), description)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def _description(shard: pathlib.Path) -> pathlib.Path:

@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fqjax import files
 from fqjax.train.distributed import fail_together, is_main
 from fqjax.train.mesh import is_key, key_data, like_key
 
@@ -412,12 +413,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
   manifest['sha256'] = _digest(manifest)
-  unfinished = path / (_MANIFEST + '.tmp')
-  with open(unfinished, 'w') as f:
-    json.dump(manifest, f)
-    f.flush()
-    os.fsync(f.fileno())
-  unfinished.replace(path / _MANIFEST)
+  files.write_text(path / _MANIFEST, json.dumps(manifest))
 
 
 def _read_manifest(path: pathlib.Path) -> dict:

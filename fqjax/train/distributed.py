@@ -115,6 +115,31 @@ def synchronize(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def gather_text(text: str, limit: int = 1000) -> list[str]:
+  """What every process has to say; called by all.
+
+  Args:
+    text: of this process; cut off after `limit` bytes.
+    limit: the same everywhere.
+
+  Returns:
+    One text per process.
+
+  Examples:
+    >>> gather_text('all well')
+    ['all well']
+  """
+  if jax.process_count() == 1:
+    return [text]
+  from jax.experimental import multihost_utils
+
+  raw = text.encode()[:limit]
+  padded = np.zeros(limit, np.uint8)
+  padded[: len(raw)] = np.frombuffer(raw, np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [bytes(row).rstrip(b'\0').decode(errors='replace') for row in rows]
+
+
 def raise_together(error: Exception | None) -> None:
   """Raises on every process if any of them has an error; called by all.
 
@@ -131,15 +156,7 @@ def raise_together(error: Exception | None) -> None:
     >>> raise_together(None)
   """
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    text = np.zeros(1000, np.uint8)
-    raw = (str(error) or repr(error)).encode()[:1000] if error is not None else b''
-    text[: len(raw)] = np.frombuffer(raw, np.uint8)
-    every = [
-      bytes(row).rstrip(b'\0').decode(errors='replace')
-      for row in np.asarray(multihost_utils.process_allgather(text))
-    ]
+    every = gather_text((str(error) or repr(error)) if error is not None else '')
     elsewhere = [f'process {i}: {message}' for i, message in enumerate(every) if message]
     if elsewhere and error is None:
       raise RuntimeError('\n'.join(elsewhere[:5]))

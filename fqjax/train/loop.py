@@ -5,7 +5,6 @@ import math
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -14,23 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from fqjax.data import Corrupt
+from fqjax.train._corrupt import METRIC, CorruptLog
+from fqjax.train._log import Log
 from fqjax.train.checkpoint import Checkpoints, check_workdir, state_bytes
 from fqjax.train.distributed import fail_together, is_main, synchronize
 from fqjax.train.mesh import make_mesh, replicate, shard_batch
-from fqjax.train.metrics import (
-  JsonLines,
-  TensorBoard,
-  Writer,
-  compile_count,
-  format_line,
-  memory_bytes,
-  read_json_lines,
-)
+from fqjax.train.metrics import Writer, compile_count
 from fqjax.train.state import TrainState
 
 PyTree = Any
 
-# Steps the host may run ahead of the device: hides its work, bounds the batches held in memory.
+# Steps the host may run ahead of the device. While it computes, the batches of those steps are read
+# and copied to it, which needs no prefetching; the number bounds how many of them it holds.
 _IN_FLIGHT = 4
 
 
@@ -44,10 +39,13 @@ class FitResult(NamedTuple):
   Attributes:
     state: the state after the last step.
     history: the records of `metrics.jsonl`, of earlier starts too; on process 0, else empty.
+    corrupt: samples the loader could not decode, of earlier starts and other processes too (of
+      those, the first five files' names); none where the loader does not count them.
   """
 
   state: TrainState
   history: list[dict[str, Any]]
+  corrupt: Corrupt
 
 
 def fit(
@@ -69,7 +67,9 @@ def fit(
 ) -> FitResult:
   """Trains until `total_steps`, from the newest intact checkpoint in `workdir` if there is one.
 
-  Writes `workdir/checkpoints` (state and loader position), `workdir/metrics.jsonl` and `workdir/tb`.
+  Writes `workdir/checkpoints` (state and loader position), `workdir/metrics.jsonl`, `workdir/tb` and,
+  if there are any, the names of images that could not be decoded in `workdir/corrupt.json`; their
+  count is the metric `data/corrupt`.
   Killed at any moment and started again with the same arguments, the run ends with the very same
   parameters. SIGTERM and Ctrl-C save a checkpoint first; SIGTERM then exits with status 143. They
   do so after the last step too: a program that trains several networks must not go on to the next.
@@ -152,10 +152,11 @@ def fit(
   start = int(state.step)
 
   with fail_together():
-    log = _Log(folder, start, total_steps, writers, progress)
+    log = Log(folder, start, total_steps, writers, progress)
+    corrupt = CorruptLog(folder, batches, log.history)
   if restored is not None:
     log.say(f'Continuing from step {start} of {total_steps} ({folder}).')
-  run = _Run(state, batches, checkpoints, log, start)
+  run = _Run(state, batches, checkpoints, log, corrupt, start)
   try:
     with _Stopper() as stopper:
       if start < total_steps:
@@ -173,6 +174,7 @@ def fit(
         save_now = last or i % checkpoint_every == 0
         stop = stopper.asked(i)
         if i % log_every == 0 or evaluate_now or save_now or stop:
+          corrupt.collect()
           with fail_together():
             run.report(i, fetch=bool(evaluate_now or save_now or stop))
             checkpoints.check()
@@ -189,7 +191,7 @@ def fit(
           f'{stopper.reason} at step {run.saved}: checkpoint saved, the same command continues.'
         )
         stopper.leave()
-    log.report_corrupt(getattr(batches, 'corrupt', None))
+    log.report_corrupt(corrupt.total)
   finally:
     run.end_trace()
     if hasattr(batches, 'close'):
@@ -197,17 +199,20 @@ def fit(
     log.close()
     checkpoints.close()
   synchronize('fqjax.train.fit: end')
-  return FitResult(run.state, log.history)
+  return FitResult(run.state, log.history, corrupt.total)
 
 
 class _Run:
   """The state of a run and the steps whose metrics have not been looked at."""
 
-  def __init__(self, state, batches, checkpoints: Checkpoints, log: '_Log', start: int):
+  def __init__(
+    self, state, batches, checkpoints: Checkpoints, log: Log, corrupt: CorruptLog, start: int
+  ):
     self.state = state
     self.batches = batches
     self.checkpoints = checkpoints
     self.log = log
+    self.corrupt = corrupt
     self.start = start
     self.saved = start  # step of the last good checkpoint (or of the given state)
     self.steps: list[tuple[int, Mapping[str, jax.Array]]] = []
@@ -260,6 +265,8 @@ class _Run:
     counts = self.log.measure()
     counts['compiles'] = compile_count()
     counts['recompiles'] = self.recompiled
+    if self.corrupt.counted:
+      counts[METRIC] = self.corrupt.total.count
     ahead = self.steps, counts
     self.steps = []
     self._emit()
@@ -302,6 +309,8 @@ class _Run:
       self.check_finite()
       with fail_together():
         self.log.flush()
+        if is_main():
+          self.corrupt.write()
       get_state = getattr(self.batches, 'get_state', None)
       self.checkpoints.save(i, self.state, get_state() if get_state else None)
       self.saved = i
@@ -317,140 +326,6 @@ class _Run:
       f' {self.checkpoints.root}; nothing was written after it. Lower the learning rate, clip'
       ' gradients (optax.clip_by_global_norm), or look at the data of that step.'
     )
-
-
-class _Log:
-  """Console, writers and clock; silent except on process 0."""
-
-  def __init__(self, folder, start: int, total: int, writers, progress: bool | None):
-    self.folder = folder
-    self.total = total
-    self.images = 0
-    self.main = is_main()
-    self.history: list[dict[str, Any]] = []
-    self._writers: Sequence[Writer] = ()
-    self._bar = None
-    if self.main:
-      json_lines = folder / 'metrics.jsonl'
-      self._writers = (
-        (JsonLines(json_lines), TensorBoard(folder / 'tb')) if writers is None else writers
-      )
-      for writer in self._writers:
-        writer.resume(start)
-      self.history = [r for r in read_json_lines(json_lines) if r['step'] <= start]
-      if progress or (progress is None and sys.stderr.isatty()):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
-    self.images = next((int(r['images']) for r in self.history[::-1] if 'images' in r), 0)
-    self._seconds = next((r['seconds'] for r in self.history[::-1] if 'seconds' in r), 0.0)
-    self._began = time.perf_counter()
-    self._rate = 0.0
-    self.begin(start)
-
-  def begin(self, i: int) -> None:
-    """Starts the clock of speed and remaining time at step `i`, after compiling."""
-    self._first = i
-    self._running_since = time.perf_counter()
-    self.restart_clock()
-
-  def restart_clock(self) -> None:
-    self._mark = time.perf_counter()
-    self._marked_images = self.images
-    self._away = 0.0
-
-  def measure(self) -> dict[str, float]:
-    """Speed since the last call, evaluation and checkpoints taken out."""
-    now = time.perf_counter()
-    spent = now - self._mark - self._away
-    images = self.images - self._marked_images
-    if images and spent > 0:
-      self._rate = images / spent
-    self.restart_clock()
-    return {
-      'images_per_second': round(self._rate, 2),
-      'images': self.images,
-      'seconds': round(self._seconds + now - self._began, 3),
-      'memory_bytes': memory_bytes(),
-    }
-
-  def paused(self) -> '_Pause':
-    return _Pause(self)
-
-  def record(self, i: int, scalars, evaluation: bool = False) -> None:
-    if not self.main:
-      return
-    self.history.append({'step': i, **scalars})
-    try:
-      for writer in self._writers:
-        writer.write(i, scalars)
-    except OSError as e:
-      raise OSError(
-        e.errno,
-        f'the metrics of step {i} could not be written to {self.folder}: {e.strerror}. Checkpoints'
-        ' are untouched; free some space and start the same command again',
-      ) from e
-    if evaluation:
-      self.say('  eval ' + format_line(i, self.total, scalars).strip())
-      return
-    shown = {
-      k: v
-      for k, v in scalars.items()
-      if k not in ('images', 'seconds', 'memory_bytes', 'recompiles', 'images_per_second')
-    }
-    if self._bar is not None:
-      self._bar.set_postfix(
-        loss=f'{scalars["loss"]:.4f}', img_s=f'{scalars["images_per_second"]:.0f}', refresh=False
-      )
-      self._bar.update(i - self._bar.n)
-    else:
-      done = max(i - self._first, 1)
-      eta = (self.total - i) * (time.perf_counter() - self._running_since) / done
-      self.say(
-        format_line(i, self.total, shown)
-        + f'  {scalars["images_per_second"]:.1f} images/s'
-        + f'  {scalars["memory_bytes"] / 1e6:.0f} MB  eta {_clock(eta)}'
-      )
-
-  def report_corrupt(self, corrupt: Any) -> None:
-    """Names what a loader (`fqjax.data.Loader`) could not decode and left out."""
-    if corrupt is None or not corrupt.count:
-      return
-    shown = '; '.join(f'{name}: {reason}' for name, reason in list(corrupt.files.items())[:5])
-    more = f' and {len(corrupt.files) - 5} more' if len(corrupt.files) > 5 else ''
-    self.say(
-      f'{corrupt.count} samples of {len(corrupt.files)} files could not be decoded and did not'
-      f' count: {shown}{more}.'
-    )
-
-  def say(self, text: str) -> None:
-    if not self.main:
-      return
-    if self._bar is not None:
-      self._bar.write(text, file=sys.stderr)
-    else:
-      print(text, flush=True)
-
-  def flush(self) -> None:
-    for writer in self._writers:
-      writer.flush()
-
-  def close(self) -> None:
-    for writer in self._writers:
-      writer.close()
-    if self._bar is not None:
-      self._bar.close()
-
-
-class _Pause:
-  def __init__(self, log: _Log):
-    self._log = log
-
-  def __enter__(self):
-    self._since = time.perf_counter()
-
-  def __exit__(self, *unused):
-    self._log._away += time.perf_counter() - self._since
 
 
 class _Stopper:
@@ -505,8 +380,3 @@ def _all_finite(tree: PyTree) -> jax.Array:
   return (
     jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.array(True)
   )
-
-
-def _clock(seconds: float) -> str:
-  hours, rest = divmod(round(seconds), 3600)
-  return f'{hours}:{rest // 60:02}:{rest % 60:02}'

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import jax
 
+from fqjax import files
+
 _COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
 _compiled = threading.local()
 _listening = False
@@ -71,12 +73,7 @@ class JsonLines:
     if not self.path.exists():
       return
     kept = [r for r in read_json_lines(self.path) if r['step'] <= step]
-    unfinished = self.path.with_name(self.path.name + '.tmp')
-    with open(unfinished, 'w') as f:
-      f.writelines(_line(record) for record in kept)
-      f.flush()
-      os.fsync(f.fileno())
-    unfinished.replace(self.path)  # a kill leaves the old file or the new one
+    files.write_text(self.path, ''.join(_line(record) for record in kept))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Appends one line."""

@@ -181,7 +181,7 @@ def accuracy_against_bytes(
     axes.errorbar(
       [point.bytes for point in members],
       [point.accuracy for point in members],
-      yerr=[point.spread or 0.0 for point in members],
+      yerr=[point.spread or 0.0 for point in members] if any(p.spread for p in members) else None,
       marker=marker,
       capsize=3,
       linestyle='-' if len(members) > 1 else 'none',
@@ -191,15 +191,16 @@ def accuracy_against_bytes(
       if point.series:
         axes.annotate(
           point.label, (point.bytes, point.accuracy),
-          textcoords='offset points', xytext=(7, 5), fontsize=9,
+          textcoords='offset points', xytext=(0, 8), ha='center', fontsize=9,
         )  # fmt: skip
   axes.set_xscale('log', base=2)
   sizes = sorted({point.bytes for point in points})
   axes.set_xticks(sizes)
   axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
   axes.xaxis.set_minor_formatter(NullFormatter())
-  if len(sizes) == 1:
-    axes.set_xlim(sizes[0] / 2, sizes[0] * 2)
+  # Room for the labels, which are centred over the outermost points.
+  axes.set_xlim(sizes[0] / 2, sizes[-1] * 2)
+  axes.margins(y=0.12)
   axes.tick_params(axis='x', rotation=30 if len(sizes) > 5 else 0)
   axes.set_xlabel('input bytes per image')
   axes.set_ylabel('top-1, %')

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fqjax.rules import check_chain, masks_of
+
 PyTree = Any
 
 
@@ -51,7 +53,8 @@ def create_state(
 ) -> TrainState:
   """Builds the state of step 0.
 
-  The arrays are copied: the step donates its state, and your `params` survive that.
+  The arrays are copied: the step donates its state, and your `params` survive that. A chain with
+  masks is tried first (`fqjax.rules.check_chain`).
 
   Args:
     params: pytree of float arrays.
@@ -63,17 +66,24 @@ def create_state(
   Returns:
     A `TrainState`.
 
+  Raises:
+    ValueError: when masked weights would not stay at zero, or are those of another model.
+
   Examples:
     >>> state = create_state({'w': jnp.ones(3)}, {}, optax.sgd(0.1), jax.random.key(0))
     >>> int(state.step), state.params['w'].shape
     (0, (3,))
   """
   params, model_state = _owned(params), _owned(model_state)
+  opt_state = tx.init(params)
+  abstract = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+  if not abstract and masks_of(opt_state) is not None:
+    check_chain(tx, params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     model_state=model_state,
-    opt_state=_owned(tx.init(params)),
+    opt_state=_owned(opt_state),
     ema=Averages(_owned(params), _owned(model_state)) if ema else None,
     key=jnp.array(key, copy=True),
   )

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
+from fqjax.rules import mask_averages
 from fqjax.train.mesh import batch_sharding, replicate, replicated_sharding, shard_batch
 from fqjax.train.state import Averages, TrainState
 
@@ -90,6 +91,8 @@ def make_train_step(
     if ema is not None:
       decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
       ema = _average(ema, Averages(params, model_state), decay)
+      # Averages begun before the masks hold what has died since.
+      ema = ema._replace(params=mask_averages(ema.params, opt_state))
     metrics = {**metrics, 'loss': loss, 'grad_norm': optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, model_state, opt_state, ema, state.key), metrics
 
@@ -157,7 +160,7 @@ def make_eval_step(
 
   Examples:
     >>> def eval_fn(params, model_state, batch):
-    ...   hit = (jnp.argmax(batch['x'] @ params, axis=-1) == batch['label']) * batch['mask']
+    ...   hit = jnp.where(jnp.argmax(batch['x'] @ params, -1) == batch['label'], batch['mask'], 0)
     ...   return {'top1': jnp.sum(hit), 'count': jnp.sum(batch['mask'])}
     >>> from fqjax.train import make_mesh
     >>> eval_step = make_eval_step(eval_fn, mesh=make_mesh(1))

@@ -10,10 +10,8 @@ import pytest
 import scipy.fft
 import scipy.ndimage
 
-from fqjax import ops
+from fqjax import data, ops
 from fqjax.data import InputSpec, estimate_statistics, preprocess, spec_with_statistics
-
-pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
 
 def _images(n=3, height=16, width=16, seed=0):
@@ -302,3 +300,20 @@ def test_bad_inputs():
     spec_with_statistics(spec, 'pooled')
   with pytest.raises(ValueError, match="8x8 DCT blocks, not to kind='rgb'"):
     spec_with_statistics(InputSpec('rgb', 16), 'released')
+
+
+@pytest.mark.full
+@pytest.mark.data
+def test_pooled_deviations_of_photographs(data_dir):
+  """What the luma of natural photographs has at 448 pixels, 250 of them, one per class."""
+  source = data.load_source('imagenet_samples', 'test')
+  loader = data.Loader(
+    source, 25, shuffle=False, repeat=False, transform=data.resize_crop(512, 448)
+  )
+  spec = InputSpec('dct', 448, channels=(0, 1, 9, 27))  # frequencies (0,0), (0,1), (1,1), (3,3)
+  statistics = estimate_statistics(spec, loader)
+  std = np.asarray(statistics.std)
+  low, high = np.array([400, 70, 37, 10]), np.array([500, 85, 43, 15])
+  assert (low < std).all() and (std < high).all(), std
+  # The published vectors divide DC by the deviation of image means, about half of it.
+  assert 220 < np.sqrt(statistics.between[0]) < 270

@@ -322,38 +322,3 @@ def test_lengths():
   # A batch larger than the set: several epochs in one.
   (batch,) = batches(loader(arrays(), 50), 1)
   assert sorted(batch['index'][:N]) == list(range(N)) and batch['mask'].all()
-
-
-class TestPrefetchToDevice:
-  def test_order_and_end(self):
-    want = batches(loader(arrays(), repeat=False))
-    it = data.prefetch_to_device(iter(loader(arrays(), repeat=False)), lambda b: b, size=3)
-    assert_equal(list(it), want)
-
-  def test_puts_ahead_but_state_is_of_what_was_handed_out(self):
-    put = []
-    inner = iter(loader(arrays()))
-    it = data.prefetch_to_device(inner, lambda b: put.append(1) or b, size=3)
-    assert it.get_state()['step'] == 0
-    for step in range(1, 4):
-      batch = next(it)
-      assert len(put) == step + 2
-      assert it.get_state()['step'] == step
-    state = it.get_state()
-    following = next(it)
-    it.set_state(state)
-    assert it.get_state() == state
-    assert_equal([next(it)], [following])
-    assert (following['index'] != batch['index']).any()
-    it.close()
-
-  def test_tells_what_was_damaged(self):
-    it = data.prefetch_to_device(
-      iter(loader(Encoded(damaged=[1]), repeat=False)), lambda b: b['mask'].sum()
-    )
-    assert sum(it) == N - 1
-    assert list(it.corrupt.files) == ['1.jpg']
-
-  def test_size(self):
-    with pytest.raises(ValueError, match='size >= 1'):
-      data.prefetch_to_device(iter([]), lambda b: b, size=0)

@@ -26,11 +26,11 @@ def test_ten_colour_photographs(photographs):
     assert p.dtype == np.uint8 and p.shape[-1] == 3 and min(p.shape[:2]) >= 300
 
 
-def test_train_and_test_share_no_pixel(photographs):
+def test_splits_share_no_pixel(photographs):
   size, guard = _photo_patches.SIZE, _photo_patches.GUARD
   for height, width in {p.shape[:2] for p in photographs}:
     covered = {}
-    for split in ('train', 'test'):
+    for split in ('train', 'test', 'train_outer', 'train_inner'):
       top, left = _photo_patches.corners(height, width, split)
       assert top.max() + size <= height and left.max() + size <= width
       # Any patch, not only the chosen ones: mark all pixels a split can reach.
@@ -38,32 +38,49 @@ def test_train_and_test_share_no_pixel(photographs):
       for dt, dl, sign in ((0, 0, 1), (size, 0, -1), (0, size, -1), (size, size, 1)):
         np.add.at(reach, (top + dt, left + dl), sign)
       covered[split] = reach.cumsum(0).cumsum(1)[:height, :width] > 0
-    assert not (covered['train'] & covered['test']).any()
     axis = int(height <= width)
     used = {s: np.flatnonzero(c.any(1 - axis)) for s, c in covered.items()}
-    gap = np.abs(used['train'][:, None] - used['test']).min()
-    assert gap > guard
+    for a, b in (('train', 'test'), ('train_outer', 'train_inner')):
+      assert not (covered[a] & covered[b]).any()
+      assert np.abs(used[a][:, None] - used[b]).min() > guard
+    # Settings are chosen on the training regions, all of them.
+    assert (covered['train_outer'] | covered['train_inner'] == covered['train']).all()
     share = {s: c.mean() for s, c in covered.items()}
     assert share['test'] > 0.1 and share['train'] > 0.3
+    assert share['train_outer'] > 0.2 and share['train_inner'] > 0.1
 
 
-def test_patches_lie_where_they_should(photographs, test_set):
-  """A chosen patch is found again, up to JPEG's loss, in its photograph's test region."""
-  for i in range(0, len(test_set), 40):
-    example = test_set[i]
+def distance(photo, patch, split):
+  """Mean absolute difference of a patch to the most similar one a region of the photograph has."""
+  top, left = _photo_patches.corners(*photo.shape[:2], split)
+  # Narrowed down by eight of its pixels, then compared as a whole.
+  error = sum(
+    np.abs(photo[top + a, left + b] - patch[a, b]).sum(-1)
+    for a, b in ((5, 5), (9, 50), (20, 33), (31, 7), (40, 60), (48, 20), (55, 55), (60, 3))
+  )
+  return min(
+    np.abs(photo[top[k] : top[k] + 64, left[k] : left[k] + 64] - patch).mean()
+    for k in np.argsort(error)[:50]
+  )
+
+
+@pytest.mark.parametrize('split', ['test', 'train_outer', 'train_inner'])
+def test_patches_lie_where_they_should(photographs, split):
+  """A chosen patch is found again, up to JPEG's loss, in its photograph's region and no other."""
+  source = data.load_source('photo_patches', split, per_class=2)
+  others = {'test', 'train_outer', 'train_inner'} - {split}
+  for i in range(0, len(source), 4):
+    example = source[i]
     photo = photographs[example['label']].astype(np.int32)
-    top, left = _photo_patches.corners(*photo.shape[:2], 'test')
     patch = example['image'].astype(np.int32)
-    # Narrowed down by eight of its pixels, then compared as a whole.
-    error = sum(
-      np.abs(photo[top + a, left + b] - patch[a, b]).sum(-1)
-      for a, b in ((5, 5), (9, 50), (20, 33), (31, 7), (40, 60), (48, 20), (55, 55), (60, 3))
-    )
-    best = min(
-      np.abs(photo[top[k] : top[k] + 64, left[k] : left[k] + 64] - patch).mean()
-      for k in np.argsort(error)[:50]
-    )
-    assert best < 6
+    here = distance(photo, patch, split)
+    assert here < 6
+    assert all(distance(photo, patch, other) > here for other in others)
+
+
+def test_parts_of_training_have_as_many_patches_as_their_regions_hold():
+  sizes = {s: len(data.load_source('photo_patches', s)) for s in ('train_outer', 'train_inner')}
+  assert sizes == {'train_outer': 2400, 'train_inner': 800}
 
 
 def test_source(test_set):

@@ -1,16 +1,21 @@
 """The main experiment, end to end and small: every setting, resume, recipe of ImageNet, errors."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
+from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import imagenet_freq as configs
 from experiments import imagenet_freq as experiment
@@ -19,6 +24,8 @@ from fqjax import data as fd
 from fqjax import nn as fnn
 from fqjax import train
 from fqjax.data import prepare
+from tests.models import reference
+from tests.tiny_tfds import jpeg, photograph
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -128,14 +135,6 @@ def test_outcome_goes_into_the_ledger_once(tmp_path, monkeypatch, capsys):
   assert 'in the ledger already' in capsys.readouterr().out
 
 
-def test_error_adds_both_sources_of_variation():
-  rng = np.random.default_rng(0)
-  values = (rng.random((3, 400)) < np.array([[0.5], [0.6], [0.7]])).astype(float)
-  expected = np.hypot(values.mean(0).std(ddof=1) / 20, np.std(values.mean(1), ddof=1) / np.sqrt(3))
-  assert experiment.quadrature(values) == pytest.approx(expected)
-  assert experiment.quadrature(np.ones((1, 1))) == 0
-
-
 @pytest.mark.parametrize(
   'changes, message',
   [
@@ -226,6 +225,175 @@ def test_gate_settles_and_logits_are_not_decayed():
   assert decayed['gate']['squeeze']['kernel']
 
 
+def random_rgb(config, path):
+  """Variables of the RGB network, drawn at random, as a finished run leaves them."""
+  spec = experiment.make_spec(config, 'rgb', None, None)
+  model = experiment.make_network(config, 'rgb', spec, 10)
+  x = jax.ShapeDtypeStruct((1, *spec.output_shape), np.float32)
+  rng = np.random.default_rng(0)
+  draw = lambda a: rng.normal(size=a.shape).astype(a.dtype)
+  variables = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), x))
+  path.parent.mkdir(parents=True)
+  experiment.save_arrays(path, **flatten_dict(variables, sep='/'))
+  return variables
+
+
+@pytest.mark.parametrize(
+  'checkpoint, method',
+  [('rgb', 'cut'), ('rgb', 'reinit'), ('file', 'cut'), ('safetensors', 'cut')],
+)
+def test_networks_begin_as_the_rgb_checkpoint(tmp_path, checkpoint, method):
+  config = small(settings=('rgb', 'dct'))
+  config.unlock()
+  config.dct.statistics, config.dct.channels, config.init.method = 'none', 12, method
+  if checkpoint == 'safetensors':
+    config.model.name, config.model.stem_stride = 'resnet18', 0
+    config.init.rgb = os.fspath(tmp_path / 'resnet18.safetensors')
+    state = reference.resnet_state((2, 2, 2, 2), classes=10)
+    save_file(state, config.init.rgb)
+    kernel = lambda name: state[f'{name}.weight'].transpose(2, 3, 1, 0)
+    deep, first = kernel('layer2.1.conv2'), kernel('layer1.0.conv1')
+    mean = state['layer1.0.bn1.running_mean']
+  else:
+    path = tmp_path / ('rgb/seed0/variables.npz' if checkpoint == 'rgb' else 'other/rgb.npz')
+    config.init.rgb = 'rgb' if checkpoint == 'rgb' else os.fspath(path)
+    rgb = random_rgb(config, path)
+    deep, first = (
+      rgb['params'][block][conv]['kernel']
+      for block, conv in (('layer2_1', 'conv2'), ('layer1_0', 'conv1'))
+    )
+    mean = rgb['batch_stats']['layer1_0']['bn1']['mean']
+  source = fd.load_source('photo_patches', 'test', per_class=1)
+  channels = experiment.chosen_channels(config, 'dct', {})
+  program = experiment.build(config, 'dct', channels, source, train.make_mesh(1))
+  begin = lambda: experiment.initial_variables(
+    config, program, 'dct', jax.random.key(0), source, tmp_path / 'dct' / 'seed0'
+  )
+  found = begin()
+  x = jax.ShapeDtypeStruct((1, *program.spec.output_shape), np.float32)
+  wanted = jax.eval_shape(program.model.init, jax.random.key(0), x)
+  assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, dict(wanted))
+  np.testing.assert_array_equal(found['params']['layer2_1']['conv2']['kernel'], deep)
+  np.testing.assert_array_equal(found['batch_stats']['layer1_0']['bn1']['mean'], mean)
+  kernel = found['params']['layer1_0']['conv1']['kernel']
+  assert kernel.shape[2] == 12
+  if method == 'cut':
+    np.testing.assert_array_equal(kernel, first[:, :, :12])
+  else:
+    config.init.rgb = ''
+    np.testing.assert_array_equal(kernel, begin()['params']['layer1_0']['conv1']['kernel'])
+
+
+def test_gate_under_accumulation_and_averages(tmp_path, monkeypatch, one_device):
+  """Counts, learning rate and scores are those of the steps and of the averages."""
+  evaluate, calls = train.evaluate, []
+  monkeypatch.setattr(train, 'evaluate', lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+  config = small(settings=('dct_gate',), log_every=1, eval_epochs=0.05)
+  config.unlock()
+  config.optim.accumulate, config.optim.ema = 2, 0.9
+  config.data.val_split = 'test[:25%]'
+  (row,) = experiment.experiment(config, tmp_path)
+  folder = tmp_path / 'dct_gate/seed0'
+  history = train.read_json_lines(folder / 'metrics.jsonl')
+  total, per_epoch = 20, 200
+  lr = experiment.schedule(config.optim, total, per_epoch)
+  steps = {r['step']: r['lr'] for r in history if 'lr' in r}
+  assert list(steps) == list(range(1, total + 1))
+  np.testing.assert_allclose(list(steps.values()), [lr(i) for i in range(total)], rtol=1e-5)
+  result = json.loads((folder / 'result.json').read_text())
+  # Each image of each microbatch counted once: shares of 20 * 16.
+  counts = np.array(result['selection']) * total * 16
+  np.testing.assert_allclose(counts, np.rint(counts), atol=1e-3)
+  assert 0 < counts.min() < counts.max() <= total * 16
+  # Scored as validated, by the averages; and not validated once more for it.
+  evaluated = [r for r in history if 'val/top1' in r]
+  assert len(evaluated) == len(calls) == 2
+  assert result['top1'] == pytest.approx(100 * evaluated[-1]['val/top1'])
+  assert result['channels_on'] == row['channels_on'] == evaluated[-1]['val/channels_on']
+  # A run that was killed after its last step is validated when it is asked for its outcome.
+  (folder / 'result.json').unlink()
+  assert experiment.experiment(config, tmp_path) == [row | {'seconds': row['seconds']}]
+  assert len(calls) == 3
+
+
+def test_statistics_are_estimated_once_per_folder(tmp_path, monkeypatch):
+  estimate, calls = fd.estimate_statistics, []
+  monkeypatch.setattr(
+    fd, 'estimate_statistics', lambda *a: calls.append(a[0].channels) or estimate(*a)
+  )
+  config = small()
+  source = fd.load_source('photo_patches', 'test', per_class=4)
+  subset = experiment.chosen_channels(config, 'dct', {})
+  make = lambda name, channels, *folder: experiment.make_spec(
+    config, name, channels, source, *folder
+  )
+  static, gate = make('dct', subset, tmp_path), make('dct_gate', None, tmp_path)
+  assert calls == [None]
+  assert static.mean == tuple(gate.mean[c] for c in subset) and len(gate.std) == 192
+  # What the file gives back is what was estimated, to the last digit.
+  assert make('dct', subset) == static and calls == [None, None]
+  assert make('dct', subset, tmp_path) == static and len(calls) == 2
+  # Oracle: the pooled deviation over the same images in float64.
+  bare = dataclasses.replace(static, mean=None, std=None)
+  images = np.stack([source[i]['image'] for i in range(len(source))])
+  x = np.asarray(fd.preprocess(bare, images), np.float64)
+  np.testing.assert_allclose(static.mean, x.mean((0, 1, 2)), rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(static.std, x.std((0, 1, 2)), rtol=1e-4)
+  # Anything they depend on makes others.
+  for field, value in (('dct.statistics_images', 50), ('dct.chroma', 'filtered'), ('size', 32)):
+    with config.unlocked():
+      config.update_from_flattened_dict({field: value})
+    before = len(calls)
+    make('dct', subset, tmp_path)
+    assert len(calls) == before + 1, field
+  assert len(list(tmp_path.glob('statistics-*.json'))) == 4
+  assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_statistics_of_a_stored_subset(tmp_path):
+  config = small()
+  with config.unlocked():
+    config.data.augment, config.dct.statistics_images = 'device', 30
+  subset = experiment.chosen_channels(config, 'dct', {})
+  x = np.random.default_rng(0).normal(3, 50, (30, 8, 8, 24)).round().astype(np.int16)
+
+  class Stored(list):
+    metadata = {
+      'kind': 'coefficients', 'block': 8, 'chroma': 'full', 'channels': list(subset),
+    }  # fmt: skip
+
+  source = Stored({'coefficients': image, 'label': 0} for image in x)
+  spec = experiment.make_spec(config, 'dct', subset, source, tmp_path)
+  assert spec.channels == subset
+  np.testing.assert_allclose(spec.mean, x.mean((0, 1, 2)), rtol=1e-4)
+  np.testing.assert_allclose(spec.std, x.std((0, 1, 2)), rtol=1e-4)
+
+
+def test_undecodable_images_stand_in_results_and_report(tmp_path, one_device):
+  """One damaged photograph of each split, in folders."""
+  for split, n in (('train', 16), ('validation', 8)):
+    for i in range(n):
+      path = tmp_path / 'photos' / split / f'class{i % 2}' / f'{i}.jpg'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      content = jpeg(photograph(i, i % 2, (64, 64)))
+      path.write_bytes(content[:300] if i == 5 else content)
+  config = small(settings=('rgb',), log_every=1)
+  config.unlock()
+  config.data.name = f'folder:{tmp_path / "photos"}'
+  config.data.val_split = 'validation'
+  config.data.batch_size, config.data.eval_batch_size, config.optim.epochs = 16, 8, 3.0
+  (row,) = experiment.experiment(config, tmp_path / 'run')
+  assert row['samples'] == 7
+  result = json.loads((tmp_path / 'run/rgb/seed0/result.json').read_text())
+  assert [result['corrupt'][k]['count'] for k in ('training', 'validation')] == [3, 1]
+  history = train.read_json_lines(tmp_path / 'run/rgb/seed0/metrics.jsonl')
+  assert [r['data/corrupt'] for r in history if 'data/corrupt' in r] == [1, 2, 3]
+  page = (tmp_path / 'run/report.html').read_text()
+  assert 'Of the training images 3 samples (1 files) could not be decoded' in page
+  assert 'Of the validation images 1 samples (1 files)' in page
+  assert 'photos/train/class1/5.jpg' in page and 'photos/validation/class1/5.jpg' in page
+
+
 def test_command_line_is_parsed_as_the_program_would():
   argv = [
     '--config=configs/imagenet_freq.py:cifar10,seeds=2',
@@ -297,23 +465,35 @@ def test_killed_and_restarted_run_reaches_the_same_parameters(tmp_path):
   command = [
     sys.executable, '-m', 'experiments.imagenet_freq',
     '--config=configs/imagenet_freq.py:demo,smoke,settings=dct_gate',
-    '--config.checkpoint_epochs=0.1',
+    '--config.checkpoint_epochs=0.05', '--config.log_every=1',
   ]  # fmt: skip
   env = {**os.environ, 'XLA_FLAGS': ''}
   subprocess.run([*command, f'--workdir={tmp_path}/whole'], check=True, cwd=ROOT, env=env)
+  folder = tmp_path / 'cut/dct_gate/seed0'
   rng = np.random.default_rng(0)
-  for _ in range(20):
+
+  def steps_saved():
+    return [int(p.parent.name) for p in folder.glob('checkpoints/*/fqjax.json')]
+
+  last = max(int(p.name) for p in (tmp_path / 'whole/dct_gate/seed0/checkpoints').glob('[0-9]*'))
+  for _ in range(3):
+    before = max(steps_saved(), default=0)
     process = subprocess.Popen([*command, f'--workdir={tmp_path}/cut'], cwd=ROOT, env=env)
-    try:
-      process.wait(rng.uniform(4, 12))
-      break
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
-  subprocess.run([*command, f'--workdir={tmp_path}/cut'], check=True, cwd=ROOT, env=env)
+    while process.poll() is None and max(steps_saved(), default=0) <= before:
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, 'the run ended before it was killed: make it longer'
+    # In the middle of training: something is saved, the last step is not, there is no outcome.
+    assert before < max(steps_saved()) < last and not (folder / 'result.json').exists()
+  done = subprocess.run(
+    [*command, f'--workdir={tmp_path}/cut'],
+    check=True, cwd=ROOT, env=env, capture_output=True, text=True,
+  )  # fmt: skip
+  assert 'Continuing from step' in done.stdout
   with (
     np.load(tmp_path / 'whole/dct_gate/seed0/variables.npz') as a,
-    np.load(tmp_path / 'cut/dct_gate/seed0/variables.npz') as b,
+    np.load(folder / 'variables.npz') as b,
   ):
     assert a.files == b.files
     for name in a.files:

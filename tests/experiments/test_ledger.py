@@ -110,6 +110,15 @@ def test_standard_errors():
     ledger.standard_error([])
 
 
+def test_error_of_seeds_and_images_adds_both_sources_of_variation():
+  rng = np.random.default_rng(0)
+  values = (rng.random((3, 400)) < np.array([[0.5], [0.6], [0.7]])).astype(float)
+  expected = np.hypot(values.mean(0).std(ddof=1) / 20, np.std(values.mean(1), ddof=1) / np.sqrt(3))
+  assert ledger.standard_error(values) == pytest.approx(expected)
+  assert ledger.standard_error(values[:1]) == pytest.approx(values[0].std(ddof=1) / 20)
+  assert ledger.standard_error(np.ones((1, 1))) is None
+
+
 # -------------------------------------------------------------------- where a number comes from
 
 

@@ -86,7 +86,7 @@ def test_parameters_of_the_rgb_networks(name):
     for name in list_models()
   ],
 )
-def test_every_variant(name, strict_dtypes):
+def test_every_variant(name):
   cifar, dct = 'cifar' in name, name.endswith('_dct')
   options = dict(channels=6 if cifar else 48, gate=True) if dct else {}
   shape = (4, 8, 8, options['channels']) if dct else (4, 64, 64, 3)
@@ -193,7 +193,7 @@ def test_mobilenet_dct():
     assert outputs['features_18'] == (1, 7, 7, 1280)
 
 
-def test_frequencies_are_never_added_to_features(strict_dtypes):
+def test_frequencies_are_never_added_to_features():
   # 16 channels meet 16 outputs; the block without its projection gives zero, not its input.
   x = jnp.ones((1, 8, 8, 16))
   model = create_model('mobilenet_v2_dct', channels=16, num_classes=2)
@@ -308,7 +308,7 @@ def small_net(entry='dct', **options):
   return CifarResNet(**options)
 
 
-def test_training_step_moves_weights_gate_and_statistics(strict_dtypes):
+def test_training_step_moves_weights_gate_and_statistics():
   model = small_net(gate=True)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 8, 6)), jnp.float32)
   variables = random_variables(model, *x.shape)

@@ -39,7 +39,7 @@ def apply(norm, variables, x):
     ((8, 3, 4), 4),
   ],
 )
-def test_statistics_against_numpy(shape, groups, x64, strict_dtypes):
+def test_statistics_against_numpy(shape, groups, x64):
   rng = np.random.default_rng(0)
   x = rng.normal(size=shape) * [0.1, 1, 3, 10] + [5, -1, 0, 30]
   scale, bias = rng.normal(size=(2, 4)).astype(np.float32)
@@ -62,7 +62,7 @@ def test_statistics_against_numpy(shape, groups, x64, strict_dtypes):
   np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
 
-def test_large_mean_beside_small_deviation_once_the_running_mean_is_near(strict_dtypes):
+def test_large_mean_beside_small_deviation_once_the_running_mean_is_near():
   x = (1000 + 0.1 * np.random.default_rng(0).normal(size=(64, 8, 8, 1))).astype(np.float32)
   norm = BatchNorm()
   variables = norm.init(jax.random.key(0), x)
@@ -101,7 +101,7 @@ def test_gradient_against_the_two_pass_formula(groups, x64):
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_in_float32_inside(strict_dtypes):
+def test_bfloat16_in_float32_inside():
   x = np.random.default_rng(0).normal(3, 1, (16, 4, 4, 2)).astype(jnp.bfloat16)
   norm = BatchNorm()
   variables = norm.init(jax.random.key(0), x)

@@ -15,7 +15,7 @@ def init(gate, x, train=False):
   return jax.jit(gate.init, static_argnums=2)(jax.random.key(0), x, train)
 
 
-def test_the_papers_numbers(strict_dtypes):
+def test_the_papers_numbers():
   logits, noise = jnp.array([[0.1, 2.0]]), jnp.array([[0.5, -1.2]])
   on, vjp = jax.vjp(lambda z: gumbel_gate(z, noise), logits)
   assert on[0] == 1.0
@@ -26,7 +26,7 @@ def test_the_papers_numbers(strict_dtypes):
   np.testing.assert_allclose(noise, [-0.1856, 2.2504], atol=1e-4)
 
 
-def test_forward_is_exactly_zero_or_one_and_follows_noise(strict_dtypes):
+def test_forward_is_exactly_zero_or_one_and_follows_noise():
   rng = np.random.default_rng(0)
   logits, noise = rng.normal(size=(2, 1000, 2)).astype(np.float32)
   on = np.asarray(gumbel_gate(logits, noise))
@@ -35,7 +35,7 @@ def test_forward_is_exactly_zero_or_one_and_follows_noise(strict_dtypes):
   assert gumbel_gate(jnp.zeros((1, 2)))[0] == 0, 'open only where on > off'
 
 
-def test_temperature_scales_the_soft_sample_only(strict_dtypes):
+def test_temperature_scales_the_soft_sample_only():
   logits = jnp.array([[0.0, 0.8]])
   on, vjp = jax.vjp(lambda z: gumbel_gate(z, temperature=0.5), logits)
   p = 1 / (1 + np.exp(-1.6))
@@ -43,7 +43,7 @@ def test_temperature_scales_the_soft_sample_only(strict_dtypes):
   np.testing.assert_allclose(vjp(jnp.ones(1))[0][0, 1], p * (1 - p) / 0.5, rtol=1e-5)
 
 
-def test_noise_is_gumbel_and_finite(strict_dtypes):
+def test_noise_is_gumbel_and_finite():
   noise = np.asarray(gumbel_noise(jax.random.key(0), (100_000,)))
   # Mean and variance of the Gumbel distribution; the bounds are six standard errors.
   assert abs(noise.mean() - 0.57722) < 6 * np.sqrt(1.645 / 1e5)
@@ -53,7 +53,7 @@ def test_noise_is_gumbel_and_finite(strict_dtypes):
 
 
 @pytest.mark.parametrize('global_logits', [False, True])
-def test_initial_probability_of_being_open(global_logits, strict_dtypes):
+def test_initial_probability_of_being_open(global_logits):
   gate, x = ChannelGate(global_logits=global_logits), images(400, 192)
   variables = init(gate, x)
 
@@ -81,7 +81,7 @@ def test_variables_and_initialisation():
   assert set(variables) == {'params'} and set(variables['params']) == {'logit_bias'}
 
 
-def test_evaluation_against_numpy_and_deterministic(strict_dtypes):
+def test_evaluation_against_numpy_and_deterministic():
   rng = np.random.default_rng(3)
   gate, x = ChannelGate(), images(8, 6)
   variables = init(gate, x)
@@ -112,7 +112,7 @@ def test_sampling_at_evaluation_is_an_option():
 
 
 @pytest.mark.parametrize('global_logits', [False, True])
-def test_gradient_reaches_every_parameter(global_logits, strict_dtypes):
+def test_gradient_reaches_every_parameter(global_logits):
   gate, x = ChannelGate(global_logits=global_logits), images(8, 6)
   variables = init(gate, x)
 
@@ -137,7 +137,7 @@ def test_gradient_reaches_every_parameter(global_logits, strict_dtypes):
   assert (difference[:, 1] > 0).all() and (difference[:, 0] < 0).all(), 'a price closes channels'
 
 
-def test_penalty_conventions(strict_dtypes):
+def test_penalty_conventions():
   on = (np.random.default_rng(0).uniform(size=(7, 192)) < 0.3).astype(np.float32)
   ratio = 1.7
   np.testing.assert_allclose(gate_penalty(on, 0.2), 0.2 * on.sum(1).mean(), rtol=1e-6)

@@ -5,7 +5,7 @@ import numpy as np
 from fqjax.nn import init_selection, merge_selections, selection_frequency, update_selection
 
 
-def test_frequency_over_batches_with_padding(strict_dtypes):
+def test_frequency_over_batches_with_padding():
   on = (np.random.default_rng(0).uniform(size=(3, 8, 5)) < 0.4).astype(np.float32)
   mask = np.ones((3, 8), np.float32)
   mask[2, 5:] = 0
@@ -22,7 +22,7 @@ def test_frequency_over_batches_with_padding(strict_dtypes):
   np.testing.assert_allclose(selection_frequency(no_mask), on[2].mean(0), rtol=1e-6)
 
 
-def test_counts_stay_exact_where_float32_would_stop(strict_dtypes):
+def test_counts_stay_exact_where_float32_would_stop():
   state = init_selection(1)._replace(chosen=jnp.array([2**24]), count=jnp.array(2**24))
   state = update_selection(state, jnp.ones((1, 1)))
   assert state.chosen[0] == state.count == 2**24 + 1

@@ -23,6 +23,7 @@ parser.add_argument('--limit-at', type=int, default=0, help='step at which the l
 parser.add_argument('--limit-on', type=int, help='the one process that has the limit')
 parser.add_argument('--no-manifest', action='store_true', help='step 8 cannot be marked complete')
 parser.add_argument('--nan-at', type=int)
+parser.add_argument('--damaged', type=int, default=0, help='batches per undecodable sample')
 parser.add_argument('--seed-per-process', action='store_true', help='a mistake on purpose')
 parser.add_argument('--coordinator')
 parser.add_argument('--processes', type=int, default=1)
@@ -83,7 +84,12 @@ def main():
   result = fit(
     state,
     slow_step,
-    toy.Loader(process=args.process, processes=args.processes, bad_step=args.nan_at),
+    toy.Loader(
+      process=args.process,
+      processes=args.processes,
+      bad_step=args.nan_at,
+      damaged=args.damaged,
+    ),
     workdir=args.workdir,
     total_steps=args.steps,
     mesh=mesh,

@@ -1,5 +1,6 @@
 """Two processes of four simulated devices each, on the loopback address."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from fqjax.train import (
   initialize_distributed,
   make_mesh,
   preflight,
+  read_json_lines,
   replicate,
 )
 from tests.train import toy
@@ -59,7 +61,7 @@ def start_preflight(*args, devices=4):
 
 def test_two_processes_train_as_one(tmp_path):
   args = ('--steps', 8, '--every', 4, '--log-every', 1)
-  processes = start_two(tmp_path / 'two', *args)
+  processes = start_two(tmp_path / 'two', *args, '--damaged', 3)
   outs = [finish(p) for p in processes]
   assert [p.returncode for p in processes] == [0, 0], outs
   assert 'process 0 of 2: 4 of 8 cpu devices' in outs[0]
@@ -69,6 +71,13 @@ def test_two_processes_train_as_one(tmp_path):
   one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
   assert [s for s, _ in two] == list(range(1, 9))
   np.testing.assert_allclose([x for _, x in two], [x for _, x in one], rtol=1e-5)
+
+  # What either could not decode is counted and named.
+  records = read_json_lines(tmp_path / 'two' / 'metrics.jsonl')
+  assert [r['data/corrupt'] for r in records] == [2, 2, 2, 4, 4, 4, 6, 6]
+  names = json.loads((tmp_path / 'two' / 'corrupt.json').read_text())
+  assert set(names) == {'0/0.jpg', '0/3.jpg', '1/0.jpg', '1/3.jpg'}
+  assert '6 samples of 4 files could not be decoded' in outs[0]
 
   # What two processes wrote comes back on one device.
   state, step = toy.setup(make_mesh(1))

@@ -2,15 +2,20 @@ import json
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
+from fqjax.data import Corrupt
 from fqjax.train import (
   CheckpointError,
   NonFiniteError,
+  create_state,
   fit,
+  loop,
   make_mesh,
   make_train_step,
   read_json_lines,
@@ -307,15 +312,79 @@ def test_position_of_the_real_loader_is_restored(tmp_path):
   toy.assert_identical(parts.state, whole.state)
 
 
-def test_undecodable_samples_are_counted_and_named(tmp_path, capsys):
-  from fqjax.data import Corrupt
-
-  class Loader(toy.Loader):
-    def __iter__(self):
-      batches = toy.LoaderIterator(self)
-      batches.corrupt = Corrupt(3, {'a/b.jpg': 'truncated'})
-      return batches
-
+def test_undecodable_samples_are_counted_and_named_over_all_starts(tmp_path, capsys):
+  whole = train(tmp_path / 'whole', loader=toy.Loader(damaged=3))
+  assert [r['data/corrupt'] for r in whole.history] == [1, 2, 2, 3, 3, 4]  # of steps 3 4 6 8 9 12
+  assert whole.corrupt == Corrupt(4, {'0/0.jpg': 'truncated', '0/3.jpg': 'truncated'})
+  assert '4 samples of 2 files could not be decoded' in capsys.readouterr().out
+  points, _ = events(tmp_path / 'whole' / 'tb')
+  assert points['data/corrupt', 12] == 4
+  # What was met before the last checkpoint counts once, what came after it is met again.
   state, step = toy.setup(make_mesh(1))
-  fit(state, step, Loader(), workdir=tmp_path, total_steps=2, mesh=make_mesh(1), progress=False)
-  assert '3 samples of 1 files could not be decoded' in capsys.readouterr().out
+
+  def dies(state, batch):
+    if int(state.step) == 7:
+      raise RuntimeError('dies')
+    return step(state, batch)
+
+  with pytest.raises(RuntimeError, match='dies'):
+    train(tmp_path / 'parts', loader=toy.Loader(damaged=3), setup=(state, dies))
+  parts = train(tmp_path / 'parts', loader=toy.Loader(damaged=3))
+  assert numbers(parts.history) == numbers(whole.history)
+  assert parts.corrupt == whole.corrupt
+  # Nothing left to do: the same answer.
+  assert train(tmp_path / 'parts', loader=toy.Loader(damaged=3)).corrupt == whole.corrupt
+
+
+def test_where_nothing_is_counted_nothing_is_said(uninterrupted, tmp_path, capsys):
+  workdir, result = uninterrupted
+  assert not any('data/corrupt' in r for r in result.history)
+  assert result.corrupt == Corrupt() and not (workdir / 'corrupt.json').exists()
+  from fqjax import data
+
+  source = data.load_source('synthetic', 'train', n=50, size=8)
+  loss_fn = lambda params, model_state, batch, key: (jnp.sum(params['w']), (model_state, {}))
+  state = create_state({'w': jnp.zeros(1)}, {}, optax.sgd(0.1), jax.random.key(0))
+  step = make_train_step(loss_fn, optax.sgd(0.1), mesh=make_mesh(1))
+  result = train(tmp_path, 2, loader=data.Loader(source, 8), setup=(state, step))
+  assert [r['data/corrupt'] for r in result.history] == [0] and result.corrupt == Corrupt()
+  assert 'corrupt' not in capsys.readouterr().out
+
+
+def test_batches_are_read_and_copied_while_the_device_computes(tmp_path, monkeypatch):
+  """The host asks for the result of a step only when the batches of the next ones are on their way."""
+  seen = []
+
+  class Loss:
+    """Of a device that is never faster than it must be."""
+
+    def __init__(self, i):
+      self.i = i
+
+    def block_until_ready(self):
+      seen.append(('wait', self.i))
+      return self
+
+    def __float__(self):
+      return 1.0
+
+  def step(state, batch):
+    i = int(batch['number'][0])
+    seen.append(('step', i))
+    return state._replace(step=state.step + 1), {'loss': Loss(i)}
+
+  class Numbered(toy.Loader):
+    def __iter__(self):
+      return iter([{'number': np.full(8, i)} for i in range(1, 13)])
+
+  def put(batch, mesh):
+    seen.append(('put', int(batch['number'][0])))
+    return batch
+
+  monkeypatch.setattr(loop, 'shard_batch', put)
+  state, _ = toy.setup(make_mesh(1))
+  train(tmp_path, setup=(state, step), loader=Numbered(), log_every=100, checkpoint_every=100)
+  waits = [i for what, i in seen if what == 'wait' and i > 1]  # the first step compiles
+  assert waits[:8] == list(range(2, 10))
+  for i in waits[:8]:
+    assert seen.index(('put', i + 3)) < seen.index(('step', i + 3)) < seen.index(('wait', i))

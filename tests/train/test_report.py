@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from fqjax.data import Corrupt
 from fqjax.train import _svg, plots, report
 
 HOSTILE = '<script>alert(1)</script>"\'&'
@@ -91,6 +92,18 @@ def write(tmp_path, **arguments):
 
 
 # -------------------------------------------------------------------- the page
+
+
+def test_undecodable_images_are_counted_and_named(tmp_path):
+  many = {f'{i}{HOSTILE}.jpg': 'truncated' for i in range(7)}
+  corrupt = {'training': Corrupt(1234, many), 'validation': Corrupt()}
+  rows = [{'step': 1, 'loss': 1.0, 'data/corrupt': 3}, {'step': 2, 'loss': 0.5, 'data/corrupt': 4}]
+  page = Page(write(tmp_path, corrupt=corrupt, history=rows))
+  assert 'training images 1,234 samples (7 files) could not be decoded and did not' in page.text
+  assert f': 0{HOSTILE}.jpg; 1{HOSTILE}.jpg;' in page.text and 'and 2 more.' in page.text
+  assert 'Of the validation images every one could be decoded.' in page.text
+  assert 'data/corrupt' not in page.text  # a line says more than a curve
+  assert 'decoded' not in Page(write(tmp_path)).text
 
 
 def test_page_is_well_formed_and_stands_alone(tmp_path):
@@ -394,7 +407,7 @@ def test_heatmap_figure_shows_the_maps():
     plots.heatmap_figure(heat[:60])
 
 
-def test_channel_panels_put_each_frequency_in_its_place(strict_dtypes):
+def test_channel_panels_put_each_frequency_in_its_place():
   # A horizontal cosine of frequency 3, stronger from block to block, lives in row 0, column 3 of
   # the mosaic alone.
   strength = np.repeat(np.arange(1.0, 7.0), 8)

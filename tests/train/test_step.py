@@ -132,7 +132,7 @@ def test_ema_decay_as_schedule():
   mesh = make_mesh(1)
   tx = optax.sgd(0.1)
   state = create_state(toy.make_params(), toy.model_state(), tx, jax.random.key(7), ema=True)
-  decay = lambda step: jnp.minimum(0.9, step / (step + 1.0))  # the plain mean at first
+  decay = lambda step: jnp.minimum(0.9, step / (step + 1))  # the plain mean at first
   step = make_train_step(toy.loss_fn, tx, mesh=mesh, ema_decay=decay)
   seen = []
   for i in range(3):
@@ -179,12 +179,6 @@ def test_errors_of_the_step():
     make_mesh(9)
   with pytest.raises(ValueError, match=r'make_mesh\(\(8, 1\)'):
     make_mesh(8, ('data', 'model'))
-
-
-def test_step_under_strict_promotion(strict_dtypes):
-  state, step = toy.setup(make_mesh(8), tx=optax.sgd(0.1), loss=toy.plain_loss, accumulate=2)
-  state, metrics = step(state, toy.make_batch(0, 32))
-  assert np.isfinite(metrics['loss'])
 
 
 def eval_fn(params, model_state, batch):

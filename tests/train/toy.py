@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fqjax.data import Corrupt
 from fqjax.train import create_state, make_train_step
 
 CLASSES, FEATURES, HIDDEN = 4, 6, 16
@@ -48,8 +49,18 @@ def model_state():
 @functools.cache
 def optimizer():
   return optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.01, 500))
+    optax.clip_by_global_norm(1.0), promoting(optax.adamw(optax.cosine_decay_schedule(0.01, 500)))
   )
+
+
+def promoting(tx):
+  """Lets optax's Adam promote dtypes, as it does, while everything around it may not."""
+
+  def update(updates, state, params=None):
+    with jax.numpy_dtype_promotion('standard'):
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 # One compiled program for all tests that ask for the same step.
@@ -74,11 +85,15 @@ def make_batch(i, size=16, seed=0):
 
 
 class Loader:
-  """Endless; `iter` gives a position that can be saved."""
+  """Endless; `iter` gives a position that can be saved.
 
-  def __init__(self, size=16, process=0, processes=1, bad_step=None):
+  With `damaged`, one sample of every so many batches is said to be undecodable, on each process;
+  there are two such files.
+  """
+
+  def __init__(self, size=16, process=0, processes=1, bad_step=None, damaged=0):
     self.size, self.process, self.processes = size, process, processes
-    self.bad_step = bad_step
+    self.bad_step, self.damaged = bad_step, damaged
 
   def __iter__(self):
     return LoaderIterator(self)
@@ -87,8 +102,14 @@ class Loader:
 class LoaderIterator:
   def __init__(self, loader):
     self.loader, self.next = loader, 0
+    if loader.damaged:
+      self.corrupt = Corrupt()
 
   def __next__(self):
+    if self.loader.damaged and self.next % self.loader.damaged == 0:
+      self.corrupt.count += 1
+      name = f'{self.loader.process}/{self.next % (2 * self.loader.damaged)}.jpg'
+      self.corrupt.files[name] = 'truncated'
     batch = make_batch(self.next, self.loader.size)
     self.next += 1
     if self.next == self.loader.bad_step:
