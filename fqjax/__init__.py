@@ -16,23 +16,29 @@ _HOME = {
   'list_models': 'fqjax.models',
   # what a network costs
   'summary': 'fqjax.tracing',
+  # which weights may live
+  'make_plan': 'fqjax.sparsity',
   # frequencies
   'select_channels': 'fqjax.ops',
   'channel_subset': 'fqjax.ops',
 }
-_ROOMS = ('data', 'models', 'nn', 'ops', 'tracing', 'train')
+_ROOMS = ('data', 'models', 'nn', 'ops', 'rules', 'runtime', 'sparsity', 'tracing', 'train')
 
 __all__ = [  # noqa: RUF022 (the order of a table of contents)
   '__version__',
   'create_model',
   'list_models',
   'summary',
+  'make_plan',
   'select_channels',
   'channel_subset',
   'data',
   'models',
   'nn',
   'ops',
+  'rules',
+  'runtime',
+  'sparsity',
   'tracing',
   'train',
 ]
@@ -42,12 +48,16 @@ if typing.TYPE_CHECKING:
   from fqjax import models as models
   from fqjax import nn as nn
   from fqjax import ops as ops
+  from fqjax import rules as rules
+  from fqjax import runtime as runtime
+  from fqjax import sparsity as sparsity
   from fqjax import tracing as tracing
   from fqjax import train as train
   from fqjax.models import create_model as create_model
   from fqjax.models import list_models as list_models
   from fqjax.ops import channel_subset as channel_subset
   from fqjax.ops import select_channels as select_channels
+  from fqjax.sparsity import make_plan as make_plan
   from fqjax.tracing import summary as summary
 
 

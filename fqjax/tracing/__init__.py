@@ -1,5 +1,7 @@
-"""Any jittable function, read from its jaxpr: parameters, multiply-accumulates, and what follows."""
+"""Any jittable function, read from its jaxpr: parameters, multiply-accumulates, graphs."""
 
+from fqjax.tracing._evaluate import evaluate, evaluate_node
+from fqjax.tracing._graph import Traced, to_graph
 from fqjax.tracing._jaxpr import Body, Operation, Program, Value, flatten, open_body, trace
 from fqjax.tracing._summary import Row, Summary, count_macs, summary
 
@@ -9,10 +11,14 @@ __all__ = [
   'Program',
   'Row',
   'Summary',
+  'Traced',
   'Value',
   'count_macs',
+  'evaluate',
+  'evaluate_node',
   'flatten',
   'open_body',
   'summary',
+  'to_graph',
   'trace',
 ]

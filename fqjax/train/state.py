@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import optax
 
@@ -76,7 +77,7 @@ def create_state(
   """
   params, model_state = _owned(params), _owned(model_state)
   opt_state = tx.init(params)
-  abstract = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+  abstract = any(isinstance(x, Tracer) for x in jax.tree.leaves(params))
   if not abstract and masks_of(opt_state) is not None:
     check_chain(tx, params)
   return TrainState(

@@ -20,6 +20,9 @@ def _row(result, path):
   return row
 
 
+bfloat16_meets_batch_norm = pytest.mark.promotes('BatchNorm of Flax, on bfloat16')
+
+
 class _Net(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
@@ -35,6 +38,7 @@ def _linen(train=False):
   return net, variables
 
 
+@bfloat16_meets_batch_norm
 @pytest.mark.parametrize('jit', [False, True])
 def test_linen_network(jit):
   net, variables = _linen()
@@ -54,6 +58,7 @@ def test_linen_network(jit):
   assert result.unused == () and result.notes == ()
 
 
+@bfloat16_meets_batch_norm
 def test_train_mode_static_arguments_and_mutable():
   net, variables = _linen()
   result = summary(net.apply, variables, _array(2, 8, 8, 3), train=True, mutable=['batch_stats'])
@@ -254,9 +259,10 @@ def test_parameters_followed_through_casts_views_and_masks():
   mask = np.ones((4, 6), np.float32)
 
   def apply(p, x):
-    w = p['fc']['w'].astype(jnp.bfloat16).T.reshape(2, 2, 6).reshape(4, 6) * mask
+    w = p['fc']['w'].astype(jnp.bfloat16).T.reshape(2, 2, 6).reshape(4, 6)
+    w = w.astype(x.dtype) * mask
     w = (w - w.mean()) / jnp.sqrt(w.var() + 1e-5)  # weight standardisation
-    return x @ w + p['fc']['b'][None, :].astype(w.dtype)
+    return x @ w + p['fc']['b'][None, :]
 
   result = summary(apply, {'fc': {'w': _array(6, 4), 'b': _array(6)}}, _array(2, 4))
   assert [(r.path, r.op, r.params) for r in result.rows] == [('fc', 'dot_general', 30)]
@@ -377,6 +383,7 @@ def test_work_that_is_no_multiply_accumulate_is_named():
   assert result.macs == 0 and 'fft' in result.notes[0]
 
 
+@bfloat16_meets_batch_norm
 def test_table_is_aligned_and_html_is_escaped():
   net, variables = _linen()
   result = summary(net.apply, variables, _array(2, 8, 8, 3))

@@ -1,0 +1,1 @@
+"""What remains of a network outside JAX: NumPy is all this room imports."""
