@@ -72,7 +72,7 @@ def admm(
     every: updates between refreshes.
     growth: rho is multiplied by it at every refresh. Or a function of the residuals |w - z| and
       |z - z_before| (float32 scalars, over all leaves) that returns the factor.
-    rho_max: rho does not grow beyond it.
+    rho_max: rho does not grow beyond it. Plain SGD diverges from rho = 2 / learning rate on.
     rescale_dual: when rho changes, u becomes `u rho_before / rho`, so that the forces stay.
     stage_steps: updates per stage. A stage starts with its rho, u = 0 and z projected anew; the
       learning rate is yours to restart, e.g. `lambda count: schedule(count % stage_steps)`.

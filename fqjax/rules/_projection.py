@@ -27,7 +27,7 @@ def projection(target: Any) -> Project:
       target, params, saliency=saliency, frozen=frozen
     )
 
-  function: Callable[[PyTree], tuple[PyTree, PyTree]] = target
+  function: Any = target
 
   def project(params, saliency=None, frozen=None):
     shown = params if saliency is None else jax.tree.map(jnp.sqrt, saliency)

@@ -70,21 +70,22 @@ def recalibrate(
 def _momenta(step, params, state, batch) -> PyTree:
   """A float for every running average, None for what is none."""
 
-  def shifted(x):
-    return x + jnp.ones_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  # The forward pass of training does not look at running statistics: a shift of them comes back
+  # times the momentum, the same everywhere. As large as the statistics, so that rounding is small.
+  def shift(x, a):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size:
+      return x
+    return jnp.full_like(x, 1 + jnp.max(jnp.abs(a)))
 
-  # The forward pass of training does not look at running statistics: a shift by one comes back
-  # times the momentum, the same everywhere.
   a = step(params, jax.tree.map(jnp.zeros_like, state), batch)
-  b = step(params, jax.tree.map(lambda x: shifted(jnp.zeros_like(x)), state), batch)
+  shifts = jax.tree.map(shift, state, a)
+  b = step(params, shifts, batch)
 
-  def momentum(old, a, b):
-    if not jnp.issubdtype(old.dtype, jnp.floating) or not old.size:
+  def momentum(by, a, b):
+    if not jnp.issubdtype(by.dtype, jnp.floating) or not by.size:
       return None
-    slope = (b - a).astype(jnp.float32)
+    slope = ((b - a) / by).astype(jnp.float32)
     m, spread = float(jnp.mean(slope)), float(jnp.max(slope) - jnp.min(slope))
-    # The rounding of `a + m - a` grows with a.
-    rounding = 8 * float(jnp.finfo(old.dtype).eps) * (1 + float(jnp.max(jnp.abs(a))))
-    return round(m, 6) if spread <= rounding and 0 <= m < 1 else None
+    return round(m, 6) if spread <= 8 * float(jnp.finfo(by.dtype).eps) and 0 <= m < 1 else None
 
-  return jax.tree.map(momentum, state, a, b)
+  return jax.tree.map(momentum, shifts, a, b)

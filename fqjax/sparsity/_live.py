@@ -58,16 +58,12 @@ def find(graph: Graph, slots: Slots, facts: Mapping[str, Fact], fold: bool = Tru
   folds: dict[int, Fold] = {}
   mixers = []
   for i, node in enumerate(graph.nodes):
-    if node.op == 'conv' and node.attributes['groups'] == 1:
+    if node.op == 'dot' or (node.op == 'conv' and node.attributes['groups'] == 1):
       target = _fold_target(graph, slots, facts, readers, node) if fold else 'folding is off'
       if isinstance(target, Fold):
         folds[i] = target
-      mixers.append(_Conv(graph, slots, facts, node, names[i], target))
-    elif node.op == 'dot':
-      target = _fold_target(graph, slots, facts, readers, node) if fold else 'folding is off'
-      if isinstance(target, Fold):
-        folds[i] = target
-      mixers.append(_Dot(graph, slots, facts, node, names[i], target))
+      mixer = _Conv if node.op == 'conv' else _Dot
+      mixers.append(mixer(graph, slots, facts, node, names[i], target))
     elif node.op == 'reduce_sum':
       mixers.append(_Sum(graph, slots, facts, node))
   mixers.reverse()
@@ -137,7 +133,9 @@ def layer_names(graph: Graph) -> dict[int, str]:
 class _Conv:
   """An ungrouped convolution: outputs need the inputs their kernels are not empty for."""
 
-  def __init__(self, graph, slots: Slots, facts: Mapping[str, Fact], node: Node, name, target):
+  def __init__(
+    self, graph, slots: Slots, facts: Mapping[str, Fact], node: Node, layer: str, target
+  ):
     (x, w), (layout_x, layout_w, _) = node.inputs, node.attributes['layout']
     self.inputs = slots.units(x, layout_x.index('C'))
     self.filters = slots.units(w, layout_w.index('O'))
@@ -145,7 +143,7 @@ class _Conv:
     held = fact.known & ~fact.zero
     self.open = ~fact.zero & ~(held & isinstance(target, Fold))
     self.weights = ~np.all(kernel(facts[w], graph.tensors[w], layout_w).zero, 0)
-    self.reasons = _reasons(slots, name, held, target)
+    self.reasons = _reasons(slots, layer, held, target)
 
   def needs(self, live):
     needed = self.open & self.weights[:, live[self.filters]].any(1)
@@ -155,30 +153,26 @@ class _Conv:
 class _Dot:
   """A product: what it sums over is needed where both factors can be non-zero."""
 
-  def __init__(self, graph, slots: Slots, facts: Mapping[str, Fact], node: Node, name, target):
+  def __init__(
+    self, graph, slots: Slots, facts: Mapping[str, Fact], node: Node, layer: str, target
+  ):
     contract, batch = node.attributes['contract'], node.attributes['batch']
-    size = len(contract[0])
-    self.sides, self.free = [], free_axes(node, graph)
-    held = None
+    size, data = len(contract[0]), _data_side(graph, facts, node)
+    held = np.zeros(1, bool)
+    if size == 1 and data is not None:
+      held = _held(graph, facts, node)
+    self.sides = []
     for side, name in enumerate(node.inputs):
-      fact = facts[name]
-      zero = fact.zero
+      zero = facts[name].zero
       for axis in contract[side]:
         zero = along(zero, axis, len(slots.of(name, axis)))
-      if isinstance(target, Fold) and side == _data_side(graph, facts, node):
-        held = _held(graph, facts, node)
-        shape = [1] * zero.ndim
-        shape[contract[side][0]] = len(held)
-        zero = zero | held.reshape(shape)
+      if isinstance(target, Fold) and side == data:
+        zero = zero | np.expand_dims(held, [a for a in range(zero.ndim) if a not in contract[side]])
       order = [*batch[side], *contract[side]]
       order += [axis for axis in range(zero.ndim) if axis not in order]
       units = [slots.units(name, axis) for axis in order]
       self.sides.append((~zero.transpose(order), units, len(batch[side]), size))
-    side = _data_side(graph, facts, node)
-    if held is None:
-      held = _held(graph, facts, node) if side is not None and size == 1 else np.zeros(1, bool)
-    reasons = _reasons(slots, name, held, target)
-    self.reasons = reasons if size == 1 else reasons[:1]
+    self.reasons = _reasons(slots, layer, held, target)
     self.contracted = [slots.units(node.inputs[0], axis) for axis in contract[0]]
 
   def needs(self, live):
@@ -277,6 +271,8 @@ def _fold_target(graph: Graph, slots: Slots, facts, readers, node: Node) -> Fold
   if after.op not in ('add', 'sub') or (after.op == 'sub' and after.inputs[0] != y):
     return none
   name = after.inputs[1] if after.inputs[0] == y else after.inputs[0]
+  if any(size > 1 for i, size in enumerate(facts[name].known.shape) if i != axis):
+    return none
   made = {out: other for other in graph.nodes for out in other.outputs}
   while name in made and made[name].op in ('reshape', 'broadcast') and len(readers[name]) == 1:
     [name] = made[name].inputs

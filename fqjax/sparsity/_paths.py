@@ -43,6 +43,7 @@ class Report:
     sizes: number of parameters (all variables), before and after.
     folded: (path, channels) of biases and means that took up constants of removed channels.
     keep: path -> for each axis the indices that stay, None for all.
+    shapes: path -> shape before.
     unused: paths of variables the function does not read; they stay as they are.
   """
 
@@ -50,6 +51,7 @@ class Report:
   sizes: tuple[int, int]
   folded: tuple[tuple[str, int], ...]
   keep: Mapping[str, tuple[np.ndarray | None, ...]]
+  shapes: Mapping[str, tuple[int, ...]]
   unused: tuple[str, ...] = ()
 
   def __str__(self) -> str:
@@ -83,12 +85,12 @@ class Report:
   def _cut(self, path: str, leaf: Any) -> Any:
     if path not in self.keep:
       return leaf
-    keep = self.keep[path]
-    if len(keep) != leaf.ndim or any(
-      k is not None and k[-1] >= n for k, n in zip(keep, leaf.shape, strict=True)
-    ):
-      raise ValueError(f'{path}: an array {list(leaf.shape)} is not of the shape that was cut.')
-    return _take(leaf, keep)
+    if leaf.shape != self.shapes[path]:
+      raise ValueError(
+        f'{path}: an array {list(leaf.shape)} cannot be cut, the variable was '
+        f'{list(self.shapes[path])}.'
+      )
+    return _take(leaf, self.keep[path])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,6 +192,7 @@ def remove_unused(
     sizes=(sum(v.size for v in values.values()), sum(math.prod(v.shape) for v in small.values())),
     folded=tuple(folded),
     keep=keep,
+    shapes={name: value.shape for name, value in values.items()},
     unused=tuple(name for name in graph.parameters if name not in read),
   )
   apply = dataclasses.replace(traced, graph=smaller)

@@ -22,6 +22,14 @@ _LARGEST = 1 << 24
 _SMALL = 16
 
 
+class _Unused:
+  def __repr__(self):
+    return 'UNUSED'
+
+
+UNUSED = _Unused()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
   """A graph and the trees around it.
@@ -30,8 +38,9 @@ class Traced:
     graph: of the function.
     variables: structure of the first argument.
     inputs: structure of the other arguments.
-    static: leaves of all arguments that are not arrays, None where an array stands; the
-      variables' first.
+    static: leaves of all arguments that are not arrays, None where an array of the graph stands,
+      `UNUSED` where an array that nothing reads cannot be in it (random keys); the variables'
+      first.
     outputs: structure of the result.
   """
 
@@ -71,7 +80,9 @@ class Traced:
     if tree != self.inputs:
       raise ValueError(f'the inputs have another structure than the traced ones:\n  {tree}')
     for leaf, fixed in zip(leaves, static, strict=True):
-      if fixed is not None and (_jaxpr._is_array(leaf) or leaf != fixed):
+      if fixed is None or fixed is UNUSED:
+        continue
+      if _jaxpr._is_array(leaf) or leaf != fixed:
         raise ValueError(f'{fixed!r} was fixed when tracing, got {leaf!r}; trace again.')
     arrays = [leaf for leaf, fixed in zip(leaves, static, strict=True) if fixed is None]
     results = evaluate(self.graph, self.parameters(variables), arrays)
@@ -109,10 +120,11 @@ def to_graph(
   """
   program, static, out_tree = _trace(apply_fn, variables, inputs, batch_axis)
   writer = _Writer()
-  names = _names([value.name for value in program.inputs])
-  parameters = [name for name, value in zip(names, program.inputs, strict=True) if _is_first(value)]
-  data = [name for name, value in zip(names, program.inputs, strict=True) if not _is_first(value)]
-  for name, value in zip(names, program.inputs, strict=True):
+  program, static = _without_keys(program, static)
+  named = list(zip(_names([v.name for v in program.inputs]), program.inputs, strict=True))
+  parameters = [name for name, value in named if _is_first(value)]
+  data = [name for name, value in named if not _is_first(value)]
+  for name, value in named:
     writer.declare(name, value)
   writer.run(program)
   outputs = [None if value in writer.lost else writer.read(value) for value in program.outputs]
@@ -169,6 +181,15 @@ def _trace(apply_fn, variables, inputs, batch_axis) -> tuple[Program, tuple[Any,
   if out_tree.num_leaves != len(program.outputs):
     raise ValueError('the function returns leaves that are not arrays; return arrays only.')
   return program, static, out_tree
+
+
+def _without_keys(program: Program, static: tuple) -> tuple[Program, tuple[Any, ...]]:
+  """Leaves out arguments of types the graph has not, such as keys, where nothing reads them."""
+  read = {value for op in program.operations for value in op.inputs} | set(program.outputs)
+  kept = [v for v in program.inputs if v in read or str(v.dtype) in oplist.DTYPES]
+  values = iter(program.inputs)
+  marks = [s if s is not None else (None if next(values) in kept else UNUSED) for s in static]
+  return program._replace(inputs=tuple(kept)), tuple(marks)
 
 
 def _is_first(value: Value) -> bool:

@@ -102,8 +102,8 @@ def test_steps_along_a_line_keep_their_order():
 
 
 def test_of_choices_that_cost_the_same_the_best_is_the_base():
-  got = knapsack([[0, 0, 2], [0, 2]], [[0.0, 5.0, 6.0], [0.0, 3.0]], 2)
-  assert got.choice.tolist() == [1, 1] and got.value == 8
+  got = knapsack([[0, 0, 1], [0, 10]], [[0.0, 5.0, 9.0], [0.0, 3.0]], 10)
+  assert got.choice.tolist() == [2, 0] and got.value == 9
 
 
 @pytest.mark.parametrize(

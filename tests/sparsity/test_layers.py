@@ -40,7 +40,7 @@ class _Mobile(nn.Module):
 
 def test_groups_in_order_of_execution():
   model, x = _Mobile(), jnp.ones((1, 12, 12, 1))
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
   layers = trace_layers(model.apply, variables, x)
   assert {path: (layer.groups, layer.macs) for path, layer in layers.items()} == {
     'stem/kernel': (1, 144 * 9 * 8),

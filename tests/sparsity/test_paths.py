@@ -367,6 +367,19 @@ def test_the_last_channel_stays():
   assert 'the last one of its tensor' in str(small.report)
 
 
+def test_weights_on_the_left_and_their_names():
+  def apply(p, x):
+    x = jax.nn.relu(jnp.where(p['mask'][None], p['a'], 0).T @ x.T)
+    return (p['b'] @ x + p['bias'][:, None]).T
+
+  params = {'a': normal(5, 4), 'b': normal(3, 4, seed=1), 'bias': normal(3),
+            'mask': np.array([True, False, True, True])}  # fmt: skip
+  small = removed(apply, params, (1, 5))
+  assert [(x.path, x.inputs, x.outputs) for x in small.report.layers] == [
+    ('a', (5, 5), (4, 3)), ('b', (4, 3), (3, 3)),
+  ]  # fmt: skip
+
+
 def test_weights_that_are_computed_and_captured():
   mask = np.array([1, 0, 1, 1], np.float32)
   captured = normal(4, 3, seed=1)
@@ -397,7 +410,9 @@ def test_masks_and_moments_are_cut_alike():
   masks = {'a': params['a'] != 0, 'b': None, 'step': jnp.zeros(())}
   cut = jax.jit(small.report.slice)(masks)
   assert cut['a'].shape == (3, 3) and cut['a'].all() and cut['b'] is None
-  with pytest.raises(ValueError, match=r'a: an array \[3, 3\] is not of the shape that was cut'):
+  with pytest.raises(
+    ValueError, match=r'a: an array \[3, 3\] cannot be cut, the variable was \[3, 4\]'
+  ):
     small.report.slice(cut)
 
 

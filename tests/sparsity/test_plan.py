@@ -289,7 +289,7 @@ def test_layouts_by_rank_are_named_and_printed():
 def test_attention_projections_need_their_own_layout():
   model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
   x = jnp.ones((1, 5, 6))
-  params = model.init(jax.random.key(0), x)['params']
+  params = jax.eval_shape(model.init, jax.random.key(0), x)['params']
   layers = trace_layers(lambda p, x: model.apply({'params': p}, x), params, x)
   rules = [('.*/kernel', Filters(keep=0.5))]
   with pytest.raises(ValueError, match=r"'key/kernel' \[6, 2, 4\] is read as IOO .*not as HIO"):

@@ -67,7 +67,9 @@ def net(kind: str) -> Net:
   if kind == 'linen':
     model = _Linen()
     apply = lambda p, x: model.apply({'params': p}, x)
-    return Net(model.init(key, x)['params'], apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel')
+    return Net(
+      jax.jit(model.init)(key, x)['params'], apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel'
+    )
   if kind == 'nnx':
     graph, state = nnx.split(_Nnx(nnx.Rngs(0)))
     apply = lambda s, x: nnx.merge(graph, s)(x)
@@ -77,7 +79,7 @@ def net(kind: str) -> Net:
     apply = lambda m, x: jax.vmap(m)(x.transpose(0, 3, 1, 2))
     return Net(_Equinox(key), apply, layout, 'conv/weight', 'fc/weight', '.*/weight')
   model = hk.without_apply_rng(hk.transform(_haiku))
-  return Net(model.init(key, x), model.apply, None, 'conv/w', 'fc/w', '.*/w')
+  return Net(jax.jit(model.init)(key, x), model.apply, None, 'conv/w', 'fc/w', '.*/w')
 
 
 KINDS = ('linen', 'nnx', 'equinox', 'haiku')

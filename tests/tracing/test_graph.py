@@ -198,6 +198,16 @@ def test_inputs_trees_and_fixed_arguments():
     evaluate(traced.graph, {}, [])
 
 
+def test_keys_that_nothing_reads():
+  variables = {'w': jnp.ones((3, 2)), 'rng': jax.random.key(0)}
+  traced = to_graph(lambda v, x, key: x @ v['w'], variables, jnp.ones((1, 3)), jax.random.key(1))
+  assert traced.graph.parameters == ('w',) and traced.graph.inputs == ('input',)
+  assert traced(variables, jnp.ones((2, 3)), jax.random.key(2)).shape == (2, 2)
+  with pytest.raises(ValueError, match=r'argument rng: type key<fry> \(random keys: pass none\)'):
+    to_graph(lambda v, x: x @ v['w'] + jax.random.normal(v['rng'], (2,))[None], variables,
+             jnp.ones((1, 3)))  # fmt: skip
+
+
 def test_names_that_could_collide():
   traced = to_graph(lambda p, x: x + p['input'], {'input': jnp.ones((1, 3))}, jnp.ones((2, 3)))
   assert traced.graph.parameters == ('input',) and traced.graph.inputs == ('input_',)

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+from jax import lax
 import jax.numpy as jnp
 
 from fqjax.runtime import codecs
@@ -287,11 +288,12 @@ class Both(Structure):
     return self.filters.kept(shape, layout) // (i * m) * (self.other.kept(shape, layout) // o)
 
   def _select(self, scores):
-    columns = jnp.ones(scores.shape, bool)
-    rows = columns
-    for _ in range(self.rounds):
-      rows = self.filters._select(jnp.where(columns, scores, 0))
-      columns = self.other._select(jnp.where(rows, scores, 0))
+    def alternate(_, masks):
+      rows = self.filters._select(jnp.where(masks[1], scores, 0))
+      return rows, self.other._select(jnp.where(rows, scores, 0))
+
+    everything = jnp.ones(scores.shape, bool)
+    rows, columns = lax.fori_loop(0, self.rounds, alternate, (everything, everything))
     return rows & columns
 
   def _store(self, array, mask):

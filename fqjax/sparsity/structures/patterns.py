@@ -75,7 +75,8 @@ class Patterns(Structure):
   Patterns and connectivity are projected jointly: a kernel ranks by the energy it has left *after*
   its best pattern, which makes the projection exact. Ranking by the full norm is not, and two
   separate constraints cycle. One minimum (per output or per input) keeps it exact; with both the
-  choice is greedy: outputs first, then what the inputs lack, then the largest.
+  choice is greedy (outputs first, then what the inputs lack, then the largest), and `keep` must leave
+  room for the sum of the two.
 
   Attributes:
     masks: codebook of bitmasks; bit t set keeps tap t = row*width + column. A kernel's code is the
@@ -201,8 +202,7 @@ class Patterns(Structure):
       inputs = jnp.where(forced, jnp.inf, best).swapaxes(1, 2)
       forced |= top_k_mask(inputs, self.min_per_input, axis=-1).swapaxes(1, 2)
     best = jnp.where(forced, jnp.inf, best).reshape(self.groups, -1)
-    live = jax.vmap(lambda line: top_k_mask(line, self._live(o, i)))(best)
-    return codes, live.reshape(o, i)
+    return codes, top_k_mask(best, self._live(o, i), axis=-1).reshape(o, i)
 
   def _select(self, scores):
     codes, live = self._assign(scores)
