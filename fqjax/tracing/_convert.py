@@ -8,7 +8,7 @@ import numpy as np
 
 from fqjax.runtime import oplist
 from fqjax.tracing import _indexing
-from fqjax.tracing._jaxpr import Operation, flatten, hidden_jaxprs, open_body
+from fqjax.tracing._jaxpr import Operation, flatten, hidden_jaxprs, open_body, scan_counts
 from fqjax.tracing._writer import (
   LONGEST_LOOP,
   Writer,
@@ -213,7 +213,8 @@ def _precision(precision: Any) -> str:
 def _scan(writer: Writer, op: Operation) -> list[str]:
   """Writes out every step."""
   [body], params = op.bodies, op.params
-  length, constants, carried = params['length'], params['num_consts'], params['num_carry']
+  length = params['length']
+  constants, carried = scan_counts(params, op.inputs)
   if length > LONGEST_LOOP:
     fail(remedy('scan'))
   carry = [writer.read(value) for value in body.operands[constants : constants + carried]]

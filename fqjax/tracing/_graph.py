@@ -127,7 +127,6 @@ def to_graph(
   for name, value in named:
     writer.declare(name, value)
   writer.run(program)
-  outputs = [None if value in writer.lost else writer.read(value) for value in program.outputs]
   if writer.obstacles:
     raise ValueError(_refusal(writer.obstacles))
   graph = Graph(
@@ -135,7 +134,7 @@ def to_graph(
     parameters=tuple(parameters),
     constants=writer.values,
     nodes=tuple(writer.nodes),
-    outputs=tuple(name for name in outputs if name is not None),
+    outputs=tuple(map(writer.read, program.outputs)),
     tensors=writer.tensors,
   )
   graph = _tidy(graph)
@@ -233,6 +232,7 @@ class _Writer:
     self.values: dict[str, np.ndarray] = {}  # what is known while tracing
     self.obstacles: list[tuple[str, str, str]] = []  # scope, primitive, remedy
     self.lost: set[Value] = set()
+    self._noise: set[Value] = set()  # random keys and numbers
     self._names: dict[Value, str] = {}
     self._constants: dict[Any, str] = {}
     self._scope = ''
@@ -243,6 +243,8 @@ class _Writer:
     except _writer.Unsupported as error:
       self.obstacles.append(('', f'argument {name}', str(error)))
       self.lost.add(value)
+      if 'key' in str(value.dtype):
+        self._noise.add(value)
       return
     self.tensors[name] = Tensor(name, shape, dtype)
     self.bind(value, name)
@@ -257,21 +259,31 @@ class _Writer:
   def _step(self, op: Operation) -> None:
     if not op.outputs:
       return  # prints and checks
+    known = lambda value: value.constant is not None or self._names.get(value) in self.values
+    drawn = [value for value in op.inputs if not known(value)]
+    if drawn and self._noise.issuperset(drawn):
+      # What is made of random numbers alone is one obstacle, not twenty.
+      self._noise.update(op.outputs)
+      self.lost.update(op.outputs)
+      return
     try:
       if self.lost.intersection(op.inputs):
         # What went before has no words; see at least whether this has.
         if op.name not in _convert._CONVERTERS:
           _writer.fail(_writer.remedy(op.name))
-        self.lost.update(op.outputs)
-        return
+        raise _writer.Lost
       _convert.convert(self, op)
+    except _writer.Lost:
+      self.lost.update(op.outputs)
     except _writer.Unsupported as error:
       self.obstacles.append((op.scope, op.name, str(error)))
       self.lost.update(op.outputs)
-    if lost := [value for value in op.outputs if value not in self._names]:
-      self.lost.update(lost)
+      if str(error) == _writer.remedy('random'):
+        self._noise.update(op.outputs)
 
   def read(self, value: Value) -> str:
+    if value in self.lost:
+      raise _writer.Lost
     if value.constant is not None and value not in self._names:
       self.bind(value, self.constant(np.asarray(value.constant, value.dtype)))
     return self._names[value]

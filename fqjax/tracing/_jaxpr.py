@@ -224,7 +224,8 @@ def _inline(
 
 def _bodies(name: str, params: dict[str, Any], values: tuple[Value, ...]) -> tuple[Body, ...]:
   if name == 'scan':
-    return (Body(_closed(params['jaxpr']), values, params['num_consts'], params['length']),)
+    constants, _ = scan_counts(params, values)
+    return (Body(_closed(params['jaxpr']), values, constants, params['length']),)
   if name == 'while':
     n_cond, n_body = params['cond_nconsts'], params['body_nconsts']
     carry = values[n_cond + n_body :]
@@ -239,6 +240,15 @@ def _bodies(name: str, params: dict[str, Any], values: tuple[Value, ...]) -> tup
     # Shapes inside are those of one device; every device runs the body.
     return (Body(_closed(params['jaxpr']), values, 0, math.prod(params['mesh'].axis_sizes)),)
   return ()
+
+
+def scan_counts(params: dict[str, Any], values: Sequence[Any]) -> tuple[int, int]:
+  """How many operands of a scan are constants and how many its carry; the rest is scanned over."""
+  if 'num_consts' in params:
+    return params['num_consts'], params['num_carry']
+  # Since JAX 0.11 a tree says so: (constants, carry, scanned).
+  constants, carry, _ = params['ft_in'].update(values).unpack()
+  return len(list(constants)), len(list(carry))
 
 
 def open_body(body: Body, scope: str = '') -> Program:

@@ -13,15 +13,19 @@ from fqjax.tracing._jaxpr import Program, Value
 LONGEST_LOOP = 256
 
 
-class Unsupported(Exception):
+class Unsupported(ValueError):
   """A primitive the graph cannot hold; says what to write instead."""
+
+
+class Lost(Unsupported):
+  """A value of something unsupported is read; that has been said already."""
 
 
 class Writer(Protocol):
   """What a converter may do; `fqjax.tracing._graph` implements it."""
 
   def read(self, value: Value) -> str:
-    """Name of the tensor that is this value."""
+    """Name of the tensor that is this value; raises `Lost`."""
     ...
 
   def bind(self, value: Value, name: str) -> None:

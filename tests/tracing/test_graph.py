@@ -203,9 +203,27 @@ def test_keys_that_nothing_reads():
   traced = to_graph(lambda v, x, key: x @ v['w'], variables, jnp.ones((1, 3)), jax.random.key(1))
   assert traced.graph.parameters == ('w',) and traced.graph.inputs == ('input',)
   assert traced(variables, jnp.ones((2, 3)), jax.random.key(2)).shape == (2, 2)
-  with pytest.raises(ValueError, match=r'argument rng: type key<fry> \(random keys: pass none\)'):
+  with pytest.raises(ValueError, match=r'argument rng.*: type key<fry> \(random keys: pass none\)'):
     to_graph(lambda v, x: x @ v['w'] + jax.random.normal(v['rng'], (2,))[None], variables,
              jnp.ones((1, 3)))  # fmt: skip
+
+
+def test_obstacles_inside_loops_and_behind_random_numbers():
+  def apply(key, x):
+    noise = jax.random.normal(key, (4,))  # bits, shifts and more: said once
+
+    def step(carry, _):
+      with jax.named_scope('step'):
+        return jax.lax.cumlogsumexp(carry), None
+
+    x, _ = jax.lax.scan(step, x, None, length=2)
+    return jnp.tanh(x + noise[None]).at[0].set(0)
+
+  with pytest.raises(ValueError) as caught:
+    to_graph(apply, jnp.zeros(2, jnp.uint32), jnp.ones((2, 4)), batch_axis=None)
+  words = [line.split()[0] for line in str(caught.value).splitlines()]
+  assert words == ['3', 'random_wrap', 'cumlogsumexp', 'scatter']
+  assert 'cumlogsumexp in step: write it' in str(caught.value)
 
 
 def test_names_that_could_collide():
