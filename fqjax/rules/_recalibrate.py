@@ -67,6 +67,10 @@ def recalibrate(
   return state
 
 
+def _doubled(x: jax.Array) -> jax.Array:
+  return x + x if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def _momenta(step, params, state, batch) -> PyTree:
   """A float for every running average, None for what is none."""
 
@@ -80,12 +84,14 @@ def _momenta(step, params, state, batch) -> PyTree:
   a = step(params, jax.tree.map(jnp.zeros_like, state), batch)
   shifts = jax.tree.map(shift, state, a)
   b = step(params, shifts, batch)
+  # Twice the shift has to come back twice: a running maximum, for example, does not.
+  c = step(params, jax.tree.map(_doubled, shifts), batch)
 
-  def momentum(by, a, b):
+  def momentum(by, a, b, c):
     if not jnp.issubdtype(by.dtype, jnp.floating) or not by.size:
       return None
-    slope = ((b - a) / by).astype(jnp.float32)
+    slope = jnp.stack([(b - a) / by, (c - b) / by]).astype(jnp.float32)
     m, spread = float(jnp.mean(slope)), float(jnp.max(slope) - jnp.min(slope))
     return round(m, 6) if spread <= 8 * float(jnp.finfo(by.dtype).eps) and 0 <= m < 1 else None
 
-  return jax.tree.map(momentum, shifts, a, b)
+  return jax.tree.map(momentum, shifts, a, b, c)
