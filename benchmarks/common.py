@@ -36,6 +36,7 @@ METRICS = {
   'programs': 'compilations',
   'bytes per image': 'input_bytes',
   'bytes per step and device': 'collective_bytes',
+  'bytes held': 'peak_memory',
 }
 
 Row = dict[str, Any]

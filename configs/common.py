@@ -43,3 +43,11 @@ def parse_arg(arg: str, presets: tuple[str, ...], **defaults):
           f'config argument {key} takes a value of type {kind.__name__}, got {value!r}'
         ) from None
   return result
+
+
+def imagenet(config) -> None:
+  """Sets `data` to ImageNet of TFDS, a hundredth of the training images held out."""
+  d = config.data
+  d.name = 'tfds:imagenet2012'
+  d.train_split, d.held_out_split, d.test_split = 'train[:99%]', 'train[99%:]', 'validation'
+  d.batch_size, d.workers, d.augment, d.size = 256, 16, 'random_resized_crop', 224

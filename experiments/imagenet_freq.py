@@ -25,16 +25,23 @@ import re
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags, logging
 import flax.linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 import optax
 
-from experiments import ledger
+from experiments import harness, ledger
+from experiments.harness import (
+  check_same_experiment,
+  data_label,
+  load_tree,
+  read_result,
+  record_once,
+  save_arrays,
+  save_tree,
+  say,
+)
 import fqjax
 from fqjax import data as fd
 from fqjax import files, models, ops, tracing, train
@@ -87,7 +94,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
   first = train.is_main()
   train.check_workdir(workdir)
   check_batches(config, mesh.size)
-  check_same_experiment(workdir, config)
+  check_same_experiment(workdir, config, _FREE)
   train.synchronize('configuration read')
   if first:
     files.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
@@ -199,29 +206,6 @@ def check_batches(config, devices: int) -> None:
 _FREE = re.compile(
   r'settings|seeds|record|goal|reference|profile|log_every|keep_checkpoints|data\.(workers|data_dir|eval_batch_size)'
 )
-
-
-def check_same_experiment(workdir: pathlib.Path, config) -> None:
-  """Refuses to go on in a folder that holds runs of another configuration.
-
-  Raises:
-    ValueError: naming the fields that differ.
-  """
-  path = workdir / 'config.json'
-  if not path.exists():
-    return
-  old = flatten_dict(json.loads(path.read_text()), sep='.')
-  new = flatten_dict(json.loads(config.to_json_best_effort()), sep='.')
-  differ = [
-    f'{k}: {old.get(k)} there, {new.get(k)} now'
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k) and not _FREE.fullmatch(k)
-  ]
-  if differ:
-    raise ValueError(
-      f'{workdir} holds runs of another configuration:\n  ' + '\n  '.join(differ) + '\n'
-      'Name another --workdir, or repeat the flags of the earlier run to go on with it.'
-    )
 
 
 def check_channels(folder: pathlib.Path, channels: tuple[int, ...] | None) -> None:
@@ -569,7 +553,7 @@ def initial_variables(config, program: Program, name: str, key, source, folder):
   if path.suffix == '.safetensors':
     rgb = models.import_torchvision(path, rgb_model)
   else:
-    rgb = load_variables(path)
+    rgb = load_tree(path)
   if not SETTINGS[name].suffix:
     return rgb
   features = {}
@@ -680,7 +664,7 @@ def run(config, name: str, seed: int, program: Program, sources, folder, mesh) -
   if train.is_main():
     save_arrays(folder / 'predictions.npz', **scored)
     trained = {'params': final.params, 'batch_stats': final.model_state['batch_stats']}
-    save_arrays(folder / 'variables.npz', **flatten_dict(jax.device_get(trained), sep='/'))
+    save_tree(folder / 'variables.npz', jax.device_get(trained))
     # What the network has to be fed with: size, channels, mean, standard deviation.
     files.write_text(folder / 'input.json', json.dumps(dataclasses.asdict(program.spec)))
     files.write_text(folder / 'result.json', json.dumps(result))  # last: it marks a finished run
@@ -852,13 +836,7 @@ def evenly(indices: np.ndarray, n: int) -> np.ndarray:
 
 def record(config, workdir: pathlib.Path, rows) -> None:
   """Appends the comparison to the ledger, one row per metric; a second time, nothing."""
-  path = workdir / 'recorded.json'
-  if path.exists() and json.loads(path.read_text()) == rows:
-    say(f'These numbers are in the ledger already ({path}).')
-    return
-  kind, _, place = config.data.name.rpartition(':')
-  # A path of this machine means nothing elsewhere; its last part may.
-  data = f'{kind}-{pathlib.Path(place).name}' if '/' in place else place
+  data = data_label(config.data.name)
   out = []
   for row in rows:
     name, setting = row['setting'], SETTINGS[row['setting']]
@@ -897,65 +875,16 @@ def record(config, workdir: pathlib.Path, rows) -> None:
     ):
       if key in row:
         add(metric, row[key])
-  ledger.append(out)
-  files.write_text(path, json.dumps(rows))
+  record_once(workdir / 'recorded.json', rows, out)
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def define_flags(flag_values=flags.FLAGS):
-  """The command line: `--config`, overrides of its fields, `--workdir`."""
-  config = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=flag_values)
-  workdir = flags.DEFINE_string(
-    'workdir', None, 'Folder of checkpoints, metrics and the report.', flag_values=flag_values
-  )
-  return config, workdir
-
-
 def parse_command(argv):
   """Parses what follows `python -m experiments.imagenet_freq`; raises where it would not run."""
-  values = ledger.parse_flags(argv, define_flags)
-  check(values.config)
-  return values
-
-
-# ---------------------------------------------------------------------------- small files
-
-
-def say(text: str) -> None:
-  """Prints once per cluster."""
-  if train.is_main():
-    print(text, flush=True)
-
-
-def save_arrays(path: pathlib.Path, **arrays) -> None:
-  """Writes an .npz that is either whole or not there."""
-  with files.replacing(path) as unfinished, unfinished.open('wb') as f:
-    np.savez_compressed(f, **arrays)
-
-
-def read_result(folder: pathlib.Path) -> dict | None:
-  """Outcome of a finished run, if there is one."""
-  path = folder / 'result.json'
-  return json.loads(path.read_text()) if path.exists() else None
-
-
-def load_variables(path: pathlib.Path) -> dict:
-  """Variables of a finished run: its `variables.npz`."""
-  with np.load(path, allow_pickle=False) as z:
-    return unflatten_dict({k: z[k] for k in z.files}, sep='/')
-
-
-def main(argv):
-  """Runs what the flags say."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  logging.set_verbosity(logging.WARNING)  # Orbax narrates every save
-  experiment(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+  return harness.parse_command(argv, check)
 
 
 if __name__ == '__main__':
-  _CONFIG, _WORKDIR = define_flags()
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  harness.run(experiment)

@@ -72,9 +72,24 @@ METRICS = {
   'gain_over_controls': Metric(
     'points', True, 'the smallest paired difference in top-1 to a control, named in reference'
   ),
+  'change': Metric('points', True, 'paired difference in top-1 to the own dense network'),
+  'perplexity_change': Metric('1', False, 'difference in perplexity to the own dense network'),
   'compression': Metric('x', True, 'dense weights over kept weights'),
+  'conv_compression': Metric('x', True, 'dense over kept weights of the convolutions'),
+  'conv_compression_bytes': Metric(
+    'x', True, 'float32 bytes of the convolutions over their stored bytes'
+  ),
+  'conv_compression_8bit': Metric('x', True, 'the same with 8 bits a value on both sides'),
   'compression_bytes': Metric('x', True, 'float32 bytes over all stored bytes'),
   'bits_per_weight': Metric('bit', False, 'stored bits over dense weights'),
+  'rate': Metric('x', True, 'dense weights over kept weights, of the pruned matrices alone'),
+  'rate_over_structured': Metric(
+    'x', True, 'highest rate within the limit, over that of the best structure'
+  ),
+  'index_bits_per_kept': Metric('bit', False, 'stored indices and tables for each kept weight'),
+  'agreement': Metric('%', True, 'share of images with the first guess of the dense network'),
+  'logit_error': Metric('1', False, 'mean absolute difference of logits to the dense network'),
+  'index_saving': Metric('%', True, 'index bytes saved against the format named in reference'),
   'parameters': Metric('1', False, 'trained numbers'),
   'macs': Metric('MAC', False, 'multiply-accumulates for one image'),
   'input_bytes': Metric('B', False, 'bytes of one image as sent to the device'),
@@ -629,23 +644,27 @@ class Column(NamedTuple):
   scale: float = 1.0
 
 
-def run_table(prefix: str, columns: Sequence[Column]) -> Callable[[Sequence[Row]], list[str]]:
-  """A table with one line for each run whose name starts with `prefix`."""
+def run_table(
+  experiments: Sequence[str], columns: Sequence[Column]
+) -> Callable[[Sequence[Row]], list[str]]:
+  """A table with one line for each run of the experiments."""
+  several = len(experiments) > 1
 
   def table(rows):
     runs: dict[str, dict[str, Row]] = {}
     for row in newest(rows):
-      if row.run.startswith(prefix):
+      if row.run.split('/')[0] in experiments:
         runs.setdefault(row.run, {})[row.metric] = row
     shown = [c for c in columns if any(c.metric in found for found in runs.values())]
-    head = ['data', 'network', 'setting', *(c.heading for c in shown), 'seeds']
+    head = ['experiment'] * several + ['data', 'network', 'setting']
+    head += [*(c.heading for c in shown), 'seeds']
     body = []
     for run, found in runs.items():
       seeds = sorted({str(row.seeds) for row in found.values() if row.seeds})
       cells = [_with_spread(found.get(c.metric), c.scale) for c in shown]
-      body.append([*run.split('/')[1:], *cells, ', '.join(seeds)])
+      body.append([*run.split('/')[0 if several else 1 :], *cells, ', '.join(seeds)])
     used = [row for found in runs.values() for row in found.values()]
-    return _markdown(head, body, 'lll' + 'r' * (len(shown) + 1)) + _sources(used)
+    return _markdown(head, body, 'l' * (3 + several) + 'r' * (len(shown) + 1)) + _sources(used)
 
   return table
 
@@ -669,8 +688,19 @@ def goal_table(prefix: str) -> Callable[[Sequence[Row]], list[str]]:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
+  'pruning': run_table(
+    ('admm_nn_s', 'darb', 'pcnn', 'pattern', 'pconv', 'one_shot'),
+    (
+      Column('top-1 %', 'top1'),
+      Column('perplexity', 'perplexity'),
+      Column('change to dense', 'change'),
+      Column('change of perplexity', 'perplexity_change'),
+      Column('fewer weights, x', 'compression'),
+      Column('fewer bytes, x', 'compression_bytes'),
+    ),
+  ),
   'frequency': run_table(
-    'imagenet_freq/',
+    ('imagenet_freq',),
     (
       Column('top-1 %', 'top1'),
       Column('gain, points', 'gain'),
@@ -680,6 +710,41 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
       Column('million MACs', 'macs', 1e6),
       Column('parameters, thousand', 'parameters', 1e3),
       Column('channels on', 'channels_on'),
+    ),
+  ),
+  'darb': run_table(
+    'darb/',
+    (
+      Column('top-1 %', 'top1'),
+      Column('perplexity', 'perplexity'),
+      Column('change, points', 'change'),
+      Column('change of perplexity', 'perplexity_change'),
+      Column('rate', 'rate'),
+      Column('over the best structure', 'rate_over_structured'),
+      Column('index bits', 'index_bits_per_kept'),
+      Column('rate in bytes', 'compression_bytes'),
+    ),
+  ),
+  'pcnn': run_table(
+    ('pcnn',),
+    (
+      Column('top-1 %', 'top1'),
+      Column('change, points', 'change'),
+      Column('convolutions, x', 'conv_compression_bytes'),
+      Column('their weights alone', 'conv_compression'),
+      Column('at 8 bits', 'conv_compression_8bit'),
+      Column('whole network, bytes', 'compression_bytes'),
+    ),
+  ),
+  'one_shot': run_table(
+    ('one_shot',),
+    (
+      Column('top-1 %', 'top1'),
+      Column('change, points', 'change'),
+      Column('agreement %', 'agreement'),
+      Column('logit error', 'logit_error'),
+      Column('fewer weights, x', 'compression'),
+      Column('fewer bytes, x', 'compression_bytes'),
     ),
   ),
   'benchmarks': goal_table('benchmarks'),

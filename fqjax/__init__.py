@@ -13,6 +13,7 @@ __version__ = '0.1.0'
 _HOME = {
   # whole networks
   'create_model': 'fqjax.models',
+  'create_language_model': 'fqjax.models',
   'list_models': 'fqjax.models',
   # what a network costs
   'summary': 'fqjax.tracing',
@@ -27,6 +28,7 @@ _ROOMS = ('data', 'models', 'nn', 'ops', 'rules', 'runtime', 'sparsity', 'tracin
 __all__ = [  # noqa: RUF022 (the order of a table of contents)
   '__version__',
   'create_model',
+  'create_language_model',
   'list_models',
   'summary',
   'make_plan',
@@ -53,6 +55,7 @@ if typing.TYPE_CHECKING:
   from fqjax import sparsity as sparsity
   from fqjax import tracing as tracing
   from fqjax import train as train
+  from fqjax.models import create_language_model as create_language_model
   from fqjax.models import create_model as create_model
   from fqjax.models import list_models as list_models
   from fqjax.ops import channel_subset as channel_subset

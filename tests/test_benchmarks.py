@@ -6,6 +6,7 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import common
@@ -143,6 +144,62 @@ def test_collectives_keep_the_ledger_short(monkeypatch, capsys):
   assert '| 4 | 2 | 0.000 |' in capsys.readouterr().out
 
 
+def _ratios(rows, part):
+  return {row['name']: row['ratio'] for row in rows if row['name'].startswith(part + '/')}
+
+
+@pytest.mark.parametrize('part', ['step', 'jaxpruner', 'threshold', 'projection', 'decode'])
+def test_sparsity(part, tmp_path, monkeypatch):
+  from benchmarks import sparsity
+
+  written, path = [], tmp_path / 'rows.json'
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  flags = ['--top-k'] if part == 'threshold' else []
+  sparsity.main(
+    ['--only', part, '--small', '--repeats', '2', '--json', str(path), '--record', *flags]
+  )
+  rows = check_json(path)
+  assert _ratios(rows, part).keys() == {row['name'] for row in rows}
+  goals = {row['name']: row['goal'] for row in rows if row['goal']}
+  if part == 'step':
+    assert goals == {
+      'step/batch 4/keep_masked': 1 / 1.05, 'step/batch 4/admm, a refresh in 390': 1 / 1.15,
+    }  # fmt: skip
+    assert {row.metric for row in written} == {'ratio', 'step_time', 'peak_memory'}
+  if part == 'threshold':
+    assert set(goals.values()) == {8.0} and len(goals) == 2
+    assert sum('jax.lax.top_k' in name for name in _ratios(rows, part)) == 2
+  if part == 'projection':
+    assert {row.metric for row in written} == {'bandwidth_fraction'}
+  if part == 'decode':
+    assert sum('DARB' in name for name in _ratios(rows, part)) == 3
+  assert len(written) == len(rows)
+
+
+def test_sparsity_refuses_parts_there_are_not(capsys):
+  from benchmarks import sparsity
+
+  with pytest.raises(SystemExit):
+    sparsity.parse_command(['--only', 'step,steps'])
+  assert "no 'steps'; parts are step, jaxpruner" in capsys.readouterr().err
+
+
+def test_the_peer_prunes_as_its_authors_do():
+  from benchmarks import magnitude_peer
+
+  scores = jnp.array([[3.0, 1.0], [2.0, 2.0]])
+  assert magnitude_peer.by_argsort(scores, 2).tolist() == [[1, 0], [1, 0]]  # the first of equals
+  assert magnitude_peer.by_sort(scores, 2).tolist() == [[1, 0], [1, 1]]
+  params, keep = {'w': jnp.array([4.0, -1.0, 3.0, 2.0]), 'b': jnp.ones(1)}, {'w': 0.5, 'b': None}
+  tx, after = magnitude_peer.magnitude_pruning(optax.sgd(0.0), keep, begin=1, end=3, every=2)
+  state, kept = tx.init(params), []
+  for _ in range(5):
+    updates, state = tx.update(params, state, params)
+    params = after(optax.apply_updates(params, updates), state)
+    kept.append(int(state.masks['w'].sum()))
+  assert kept == [4, 4, 4, 2, 2] and params['w'].tolist() == [4, 0, 3, 0] and params['b'] == 1
+
+
 @pytest.mark.parametrize('name', ['jaxwt', 'pywt', 'scipy.fft'])
 def test_a_missing_peer_is_named_where_it_is_used(monkeypatch, name):
   for missing in ('jaxwt', 'pywt', 'scipy', 'scipy.fft'):
@@ -172,7 +229,7 @@ def test_machine():
 
 
 def test_every_benchmark_takes_the_common_flags(tmp_path):
-  for name in ('collectives', 'input', 'train_step', 'transforms'):
+  for name in ('collectives', 'input', 'sparsity', 'train_step', 'transforms'):
     module = importlib.import_module(f'benchmarks.{name}')
     args = module.parse_command(['--json', str(tmp_path / 'x.json'), '--record', '--repeats', '3'])
     assert args.record and args.repeats == 3 and args.json.name == 'x.json'

@@ -11,13 +11,13 @@ MIXED = jnp.ones(2, jnp.float32), jnp.ones(2, jnp.int32)
 @pytest.fixture(scope='module')
 def of_the_module():
   """Made before any fixture of a single test."""
-  with pytest.raises(jax.dtypes.TypePromotionError):
+  with pytest.raises(ValueError, match='promotion'):
     jnp.add(*MIXED)
   return True
 
 
 def test_implicit_promotion_raises(of_the_module):
-  with pytest.raises(jax.dtypes.TypePromotionError):
+  with pytest.raises(ValueError, match='promotion'):
     jnp.add(*MIXED)
   with pytest.raises(ValueError, match='rank_promotion'):
     jnp.ones((2, 3)) + jnp.ones(3)

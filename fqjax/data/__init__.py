@@ -1,4 +1,4 @@
-"""Labelled images from disk to device: sources, preparation, host transforms, loader."""
+"""Labelled images from disk to device: sources, preparation, host transforms, loader; text."""
 
 from fqjax.data._device import InputSpec as InputSpec
 from fqjax.data._device import estimate_statistics as estimate_statistics
@@ -19,6 +19,9 @@ from fqjax.data._sources import PartSource as PartSource
 from fqjax.data._sources import Source as Source
 from fqjax.data._sources import TfdsSource as TfdsSource
 from fqjax.data._sources import ZipSource as ZipSource
+from fqjax.data._text import Text as Text
+from fqjax.data._text import load_text as load_text
+from fqjax.data._text_batches import batched as batched
 from fqjax.data._transforms import center_crop as center_crop
 from fqjax.data._transforms import chain as chain
 from fqjax.data._transforms import crop_box as crop_box
@@ -40,8 +43,10 @@ __all__ = [
   'PartSource',
   'RecordSource',
   'Source',
+  'Text',
   'TfdsSource',
   'ZipSource',
+  'batched',
   'center_crop',
   'chain',
   'crop_box',
@@ -49,6 +54,7 @@ __all__ = [
   'encode_jpeg',
   'estimate_statistics',
   'load_source',
+  'load_text',
   'pad_crop',
   'preprocess',
   'random_flip',

@@ -1,6 +1,6 @@
 """Sources by name: `load_source('cifar10', 'train')`, and the readers of sets kept on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import gzip
 import json
@@ -39,6 +39,8 @@ def load_source(name: str, split: str = 'train', **options: Any) -> Source:
       'synthetic': gratings in noise, needs nothing (options n, size, num_classes);
       'mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples': from the folder named
       by the environment variable FQJAX_DATA_DIR;
+      'coco_mini': from there too, 60 photographs to train, 60 to validate, 'all' of them; without
+      labels (every one is 0), for statistics;
       'folder:PATH', 'zip:PATH': one folder of images per class;
       'records:PATH': written by `python -m fqjax.data.prepare`;
       'tfds:NAME': any TensorFlow Datasets builder (option data_dir).
@@ -234,6 +236,36 @@ def _imagenet_samples(split: str = 'test') -> Source:
   return _ImagenetSamples(path, rows)
 
 
+class _Photographs(Source):
+  """Images without labels in zip files, one file after the other."""
+
+  def __init__(self, name: str, paths: Sequence[pathlib.Path]):
+    self.name, self.num_classes, self.class_names = name, 1, ('photograph',)
+    archives = [_sources._Archive(path) for path in paths]
+    self._members = [
+      (archive, member)
+      for archive in archives
+      for member in sorted('/'.join(m) for m in _sources.read_members(archive.path))
+    ]
+    if not self._members:
+      raise ValueError(f'{name}: no image in {", ".join(map(str, paths))}.')
+
+  def __len__(self) -> int:
+    return len(self._members)
+
+  def read(self, index: int) -> dict[str, Any]:
+    archive, member = self._members[index]
+    name = f'{archive.path}!{member}'
+    return {'image': archive.read(member, name), 'label': 0, 'name': name}
+
+
+def _coco_mini(split: str) -> Source:
+  found = choose_split('coco_mini', split, {**TRAIN_VAL, 'all': 'all'})
+  parts = ('train', 'val') if found == 'all' else (found,)
+  paths = [_data_file('coco_mini', f'{part}_images.zip', _NEED_NO_FILES) for part in parts]
+  return _Photographs(f'coco_mini {found}', paths)
+
+
 def _synthetic(split: str, n: int = 512, size: int = 32, num_classes: int = 10) -> Source:
   """Gratings, one direction and wavelength per class, in noise: learnable, and no file needed."""
   held_out = choose_split('synthetic', split, TRAIN_TEST) == 'test'
@@ -266,6 +298,7 @@ def _records(path: str, split: str, **options: Any) -> Source:
 _NAMES: dict[str, Callable[..., Source]] = {
   'cifar10': _cifar('cifar10', _CIFAR10),
   'cifar100': _cifar('cifar100', tuple(_CIFAR100.split())),
+  'coco_mini': _coco_mini,
   'imagenet_samples': _imagenet_samples,
   'mnist': _mnist,
   'photo_patches': _photo_patches,

@@ -419,6 +419,12 @@ class PartSource(Source):
   def read(self, index: int) -> Example:
     return self._source.read(int(self._indices[index]))
 
+  @property
+  def take(self):
+    """Many examples at once, where the whole source can; else None."""
+    take = getattr(self._source, 'take', None)
+    return None if take is None else lambda indices: take(self._indices[indices])
+
 
 def _position(number: str | None, percent: str | None, n: int) -> int | None:
   """A bound of a slice as a count."""

@@ -16,6 +16,7 @@ import safetensors.numpy
 from fqjax.models._mobilenet_v2 import MobileNetV2
 from fqjax.models._network import Network
 from fqjax.models._resnet import CifarResNet, ResNet
+from fqjax.models._vgg import STAGES, VGG
 
 Path = str | os.PathLike[str]
 Keys = tuple[str, ...]
@@ -26,10 +27,11 @@ def import_torchvision(weights: Path | Mapping[str, Any], model: Network) -> dic
 
   Args:
     weights: A .safetensors file, or names to arrays (convolutions OIHW, dense [out, in]).
-    model: `resnet18` .. `resnet101` or `mobilenet_v2` for RGB, of the file's number of classes.
+    model: `resnet18` .. `resnet101`, `mobilenet_v2` or `vgg16` for RGB, of the file's number of
+      classes; `vgg16` with `batch_norm=True` where the file has it.
 
   Returns:
-    {'params', 'batch_stats'} of float32 arrays.
+    {'params', 'batch_stats'} of float32 arrays, of a VGG-16 without batch norm {'params'}.
 
   Raises:
     ValueError: Another kind of model; a file that is no safetensors file; names, shapes or types
@@ -39,16 +41,20 @@ def import_torchvision(weights: Path | Mapping[str, Any], model: Network) -> dic
     >>> model = create_model('resnet18')
     >>> variables = import_torchvision('resnet18.safetensors', model)  # doctest: +SKIP
 
-  Source: parameter names and layouts of torchvision's `models/resnet.py`, `models/mobilenetv2.py`.
+  Source: parameter names and layouts of torchvision's `models/resnet.py`, `models/mobilenetv2.py`,
+  `models/vgg.py`.
   """
-  _need_rgb(model, 'import_torchvision', (ResNet, MobileNetV2), 'resnet50')
+  _need_rgb(model, 'import_torchvision', (ResNet, MobileNetV2, VGG), 'resnet50')
   if isinstance(model, MobileNetV2) and model.convention != 'torch':
     raise ValueError(
       'torchvision weights belong to symmetric padding and norm epsilon 1e-5.\n  Use '
       "create_model('mobilenet_v2', convention='torch')."
     )
-  name = _torch_mobilenet_name if isinstance(model, MobileNetV2) else _torch_resnet_name
   source = _from_arrays(weights) if isinstance(weights, Mapping) else _from_safetensors(weights)
+  if isinstance(model, VGG):
+    source = _channels_last(source, 'classifier.0.weight', model.image_size // 2 ** len(STAGES))
+    return _fill(model, source, _torch_vgg_name(model.batch_norm), model.image_size)
+  name = _torch_mobilenet_name if isinstance(model, MobileNetV2) else _torch_resnet_name
   return _fill(model, source, name)
 
 
@@ -239,6 +245,35 @@ def _torch_mobilenet_name(keys: Keys) -> tuple[str, tuple[int, ...] | None]:
   return f'{block.replace("_", ".")}.{place}.{_TORCH_LEAF[leaf]}', axes
 
 
+def _torch_vgg_name(batch_norm: bool) -> Rename:
+  layers, place = {'fc6': 'classifier.0', 'fc7': 'classifier.3', 'fc8': 'classifier.6'}, 0
+  for stage, (_, count) in enumerate(STAGES, 1):
+    for i in range(1, count + 1):
+      layers[f'conv{stage}_{i}'] = f'features.{place}'
+      layers[f'bn{stage}_{i}'] = f'features.{place + 1}'
+      place += 3 if batch_norm else 2  # norm and ReLU are numbered too,
+    place += 1  # and so is the pool
+
+  def rename(keys: Keys) -> tuple[str, tuple[int, ...] | None]:
+    _, layer, leaf = keys
+    axes = _TORCH_DENSE if layer.startswith('fc') else _OIHW_TO_HWIO
+    return f'{layers[layer]}.{_TORCH_LEAF[leaf]}', axes if leaf == 'kernel' else None
+
+  return rename
+
+
+def _channels_last(source: _Source, name: str, size: int) -> _Source:
+  """Puts the inputs of a dense layer, a map [c, size, size] there, in our order [h, w, c]."""
+
+  def read(key: str) -> np.ndarray:
+    array = source.read(key)
+    if key != name:
+      return array
+    return array.reshape(len(array), -1, size, size).transpose(0, 2, 3, 1).reshape(array.shape)
+
+  return source._replace(read=read)
+
+
 _SLIM_CLASSIFIER = 'Logits_Conv2d_1c_1x1'
 
 
@@ -296,9 +331,9 @@ def _slim_classifier(source: _Source, num_classes: int) -> _Source:
 
 
 def _need_rgb(model: Network, caller: str, classes: tuple[type, ...], example: str) -> None:
-  if not isinstance(model, classes) or model.entry != 'rgb':
+  entry = getattr(model, 'entry', None)
+  if not isinstance(model, classes) or entry not in ('rgb', None):
     kind = type(model).__name__
-    entry = getattr(model, 'entry', None)
     raise ValueError(
       f'{caller} fills {" or ".join(c.__name__ for c in classes)} for RGB images, got {kind}'
       f'{f" for {entry} input" if entry else ""}.\n  Use create_model({example!r}); for DCT input, '
@@ -306,8 +341,9 @@ def _need_rgb(model: Network, caller: str, classes: tuple[type, ...], example: s
     )
 
 
-def _fill(model: Network, source: _Source, rename: Rename) -> dict[str, Any]:
-  template = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+def _fill(model: Network, source: _Source, rename: Rename, size: int = 32) -> dict[str, Any]:
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  template = jax.eval_shape(model.init, jax.random.key(0), x)
   leaves, structure = jax.tree_util.tree_flatten_with_path(template)
   names, axes, shapes = [], [], []
   for path, leaf in leaves:

@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fqjax.models._network import Network, enter, keep_features, layers, leave
+from fqjax.models._network import DctNetwork, enter, keep_features, layers, leave
 
 # Expansion, channels, blocks, stride of the first block.
 STAGES = (
@@ -22,7 +22,7 @@ STAGES = (
 )
 
 
-class MobileNetV2(Network):
+class MobileNetV2(DctNetwork):
   """MobileNetV2, see `create_model`; modules are numbered as in torchvision's `features`.
 
   Attributes:

@@ -1,4 +1,4 @@
-"""What all our networks share: common options, the way in and the way out."""
+"""What our networks share: common options, the way in and the way out."""
 
 from collections.abc import Callable
 import functools
@@ -20,6 +20,21 @@ class Network(nn.Module):
 
   Attributes:
     num_classes: Number of logits.
+    dtype: Type of the computation. Parameters, batch norm, pooling and logits are float32.
+    norm_groups: Parts of the batch with batch statistics of their own.
+    norm_momentum: Share of the running batch statistics kept at each step.
+  """
+
+  num_classes: int = 1000
+  dtype: Any = jnp.float32
+  norm_groups: int = 1
+  norm_momentum: float = 0.9
+
+
+class DctNetwork(Network):
+  """A network whose stem DCT maps can replace.
+
+  Attributes:
     entry: What the network receives: 'rgb' images into the usual stem, 'dct' maps that replace
       the stem, or 'patchify': RGB images through one `block` x `block` / `block` convolution.
     channels: Number of DCT channels, or of patchify outputs; of no effect for 'rgb'.
@@ -27,20 +42,13 @@ class Network(nn.Module):
     gate: Learned choice of the DCT channels (`fqjax.nn.ChannelGate`); 'global' for logits that
       do not depend on the image.
     gate_sample_at_eval: Sample the gate in evaluation too, as the public code does.
-    dtype: Type of the computation. Parameters, batch norm, pooling and logits are float32.
-    norm_groups: Parts of the batch with batch statistics of their own.
-    norm_momentum: Share of the running batch statistics kept at each step.
   """
 
-  num_classes: int = 1000
   entry: Literal['rgb', 'dct', 'patchify'] = 'rgb'
   channels: int = 24
   block: int = 8
   gate: bool | Literal['global'] = False
   gate_sample_at_eval: bool = False
-  dtype: Any = jnp.float32
-  norm_groups: int = 1
-  norm_momentum: float = 0.9
 
 
 def layers(net: Network, epsilon: float = 1e-5, same: bool = False) -> tuple[Callable, Callable]:
@@ -71,7 +79,7 @@ def layers(net: Network, epsilon: float = 1e-5, same: bool = False) -> tuple[Cal
   return conv, norm
 
 
-def enter(net: Network, x: jax.Array, train: bool, conv: Callable, norm: Callable) -> jax.Array:
+def enter(net: DctNetwork, x: jax.Array, train: bool, conv: Callable, norm: Callable) -> jax.Array:
   """Checks the input, gates or patchifies it; for 'rgb' only casts it."""
   expected = net.channels if net.entry == 'dct' else 3
   if x.ndim != 4 or x.shape[-1] != expected:
@@ -108,10 +116,32 @@ def enter(net: Network, x: jax.Array, train: bool, conv: Callable, norm: Callabl
   return x
 
 
+def enter_image(net: Network, x: jax.Array, *shape: int) -> jax.Array:
+  """Checks images of the one size [height, width, channels] dense layers allow, and casts them."""
+  if x.ndim != 4 or x.shape[1:] != shape:
+    wanted = ', '.join(map(str, shape))
+    grey = f' Grey images stored as RGB: x[..., :{shape[2]}].' if shape[2] == 1 else ''
+    raise ValueError(
+      f'this network takes images [n, {wanted}], got x: {list(x.shape)}.\n  Its dense layers fix '
+      f'the size: crop, pad or resize first.{grey}'
+    )
+  return x.astype(net.dtype)
+
+
+def hidden(
+  net: Network, x: jax.Array, features: int, dropout: float, train: bool, name: str, **init: Any
+) -> jax.Array:
+  """Dense layer of a map or a vector, ReLU, dropout; maps by row, column and channel."""
+  x = nn.Dense(features, dtype=net.dtype, name=name, **init)(x.reshape(x.shape[0], -1))
+  return nn.Dropout(dropout, deterministic=not train, name=f'{name}_dropout')(nn.relu(x))
+
+
 def leave(net: Network, x: jax.Array, name: str, kernel_init: Callable) -> jax.Array:
-  """Averages over the map and classifies, in float32 at least."""
+  """Averages a map, if it is one, and classifies, in float32 at least."""
   dtype = at_least_float32(net.dtype)
-  x = jnp.mean(x.astype(dtype), axis=(1, 2))
+  x = x.astype(dtype)
+  if x.ndim == 4:
+    x = jnp.mean(x, axis=(1, 2))
   return nn.Dense(net.num_classes, dtype=dtype, kernel_init=kernel_init, name=name)(x)
 
 

@@ -6,9 +6,13 @@ import difflib
 import fnmatch
 from typing import Any
 
+from fqjax.models._alexnet import AlexNet
+from fqjax.models._lenet import LeNet5
+from fqjax.models._lstm import LANGUAGE_MODEL
 from fqjax.models._mobilenet_v2 import MobileNetV2
 from fqjax.models._network import Network
 from fqjax.models._resnet import CifarResNet, ResNet
+from fqjax.models._vgg import VGG, CifarVGG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +55,21 @@ def _entries() -> dict[str, _Entry]:
     fixed = {'stages': stages, 'bottleneck': bottleneck}
     add(name, ResNet, fixed, ('zero_init_residual',), blocks=('stage2_stride',))
   add('mobilenet_v2', MobileNetV2, {}, ('width', 'convention'))
+  cifar = {'num_classes': 10, 'block': 4}
   for name, blocks in (('cifar_resnet20', 3), ('cifar_resnet56', 9)):
     options = ('width', 'zero_init_residual')
-    defaults = {'num_classes': 10, 'block': 4}
-    add(name, CifarResNet, {'blocks': blocks}, options, defaults, rgb=('stem_stride',))
+    add(name, CifarResNet, {'blocks': blocks}, options, cifar, rgb=('stem_stride',))
+  fixed = {'stages': (2, 2, 2, 2), 'cifar_stem': True}
+  options = ('width', 'zero_init_residual')
+  add('cifar_resnet18', ResNet, fixed, options, cifar, blocks=('stage2_stride',))
+
+  for name, cls, num_classes, options in (
+    ('lenet5', LeNet5, 10, ('dropout', 'dtype')),
+    ('alexnet', AlexNet, 1000, ('dropout', 'dtype')),
+    ('vgg16', VGG, 1000, ('batch_norm', 'dropout', *_COMMON)),
+    ('cifar_vgg16', CifarVGG, 10, ('width', *_COMMON)),
+  ):
+    entries[name] = _Entry(cls, {}, {'num_classes': num_classes}, options)
   return entries
 
 
@@ -79,19 +94,24 @@ def create_model(name: str, *, num_classes: int | None = None, **options: Any) -
   CIFAR ResNets: 8 x 8 from 4 x 4 blocks of 32). `NAME_patchify` is its equal-cost control: RGB
   images of full size through one `block` x `block` / `block` convolution and a batch norm.
 
+  `cifar_vgg16` takes RGB images only. The others of the pruning papers take one size: `lenet5`
+  [n, 28, 28, 1], `alexnet` [n, 227, 227, 3], `vgg16` [n, 224, 224, 3].
+
   `model.apply(variables, x, train=False)` returns float32 logits [n, num_classes]; collections
-  `params` and `batch_stats`. Training needs `train=True`, `mutable=['batch_stats']` and, if gated,
-  'gates' among the mutable ones to see the choice and `rngs={'gate': key}`.
+  `params` and, with batch norm, `batch_stats`. Training needs `train=True`,
+  `mutable=['batch_stats']`, with dropout `rngs={'dropout': key}` and, if gated, 'gates' among the
+  mutable ones to see the choice and `rngs={'gate': key}`.
 
   Args:
     name: See `list_models`.
-    num_classes: 1000 if None, 10 for the CIFAR networks.
-    **options: Those the name takes. All: `dtype` (of the computation, e.g. jnp.bfloat16),
-      `norm_groups`, `norm_momentum`. `_dct`: `channels`, `gate` (True or 'global'),
-      `gate_sample_at_eval`. `_patchify`: `channels`, `block`. ResNets: `zero_init_residual`, with
-      DCT or patchify `stage2_stride` (2, or 1 as in the paper's public code). MobileNetV2:
-      `width`, `convention` ('torch' or 'tf': padding and norm epsilon of the weights' origin).
-      CIFAR: `width`, `zero_init_residual`, for RGB `stem_stride`.
+    num_classes: 1000 if None, 10 for LeNet-5 and the CIFAR networks.
+    **options: Those the name takes. All: `dtype` (of the computation, e.g. jnp.bfloat16). With
+      batch norm: `norm_groups`, `norm_momentum`. `_dct`: `channels`, `gate` (True or 'global'),
+      `gate_sample_at_eval`. `_patchify`: `channels`, `block`. ResNets: `zero_init_residual`; of
+      64 channels, with DCT or patchify, `stage2_stride` (2, or 1 as in the paper's public code).
+      MobileNetV2: `width`, `convention` ('torch' or 'tf': padding and norm epsilon of the weights'
+      origin). CIFAR: `width`; ResNet-20 and 56 for RGB `stem_stride`. LeNet-5, AlexNet, VGG-16:
+      `dropout` of the hidden dense layers (0; published: 0.5). VGG-16: `batch_norm` (False).
 
   Raises:
     ValueError: An unknown name, an option the network does not take, or a value it cannot have.
@@ -102,8 +122,12 @@ def create_model(name: str, *, num_classes: int | None = None, **options: Any) -
     >>> variables['params']['layer1_0']['conv1']['kernel'].shape
     (3, 3, 6, 16)
 
-  Source: arXiv 1512.03385, 1801.04381, 2002.12416.
+  Source: arXiv 1512.03385, 1801.04381, 2002.12416; of the networks of one size their classes.
   """
+  if name == LANGUAGE_MODEL:
+    raise ValueError(
+      f'{name!r} reads words, not images: create_language_model({name!r}, vocab_size=...).'
+    )
   if name not in _MODELS:
     close = difflib.get_close_matches(name, _MODELS, n=4, cutoff=0.4) or list_models()
     raise ValueError(
@@ -148,6 +172,7 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
     ('stem_stride', (1, 2, 4)),
     ('gate', (False, True, 'global')),
     ('convention', ('torch', 'tf')),
+    ('batch_norm', (False, True)),
   ):
     if option in settings and settings[option] not in allowed:
       raise ValueError(
@@ -156,3 +181,7 @@ def _check(name: str, settings: Mapping[str, Any]) -> None:
       )
   if not settings.get('width', 1.0) > 0:
     raise ValueError(f'model {name!r} needs width > 0, got {settings["width"]!r}.')
+  if not 0 <= settings.get('dropout', 0.0) < 1:
+    raise ValueError(
+      f'model {name!r} needs 0 <= dropout < 1, the share dropped, got {settings["dropout"]!r}.'
+    )

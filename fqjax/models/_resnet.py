@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-18/34/50/101 for ImageNet, ResNet-20/56 for CIFAR."""
+"""Residual networks: ResNet-18/34/50/101 for ImageNet, ResNet-18/20/56 for CIFAR."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,15 +7,15 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from fqjax.models._network import Network, enter, keep_features, layers, leave
+from fqjax.models._network import DctNetwork, enter, keep_features, layers, leave
 
 # Uniform within 1 / sqrt(inputs), as the published networks start.
-_FC_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+FC_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 Shortcut = Literal['identity', 'projection', 'pad']
 
 
-class ResNet(Network):
+class ResNet(DctNetwork):
   """ResNet of torchvision's layout (stride on the 3x3), see `create_model`.
 
   Attributes:
@@ -24,6 +24,9 @@ class ResNet(Network):
     stage2_stride: Stride of the second stage: 2, or 1 as in the paper's public code (which takes
       a 56 x 56 map through 56-56-28-14 and costs 3.3 times as much).
     zero_init_residual: Start the last norm of every block at scale 0.
+    width: Multiplies the 64, 128, 256, 512 channels of the stages.
+    cifar_stem: RGB enters through a 3x3 convolution of stride 1 without pooling, as 32 x 32 images
+      need it, instead of 7x7 of stride 2 and a max pool.
 
   Source: arXiv 1512.03385; for DCT input arXiv 2002.12416.
   """
@@ -32,26 +35,30 @@ class ResNet(Network):
   bottleneck: bool = False
   stage2_stride: int = 2
   zero_init_residual: bool = False
+  width: float = 1.0
+  cifar_stem: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Returns logits [n, num_classes] float32 of `x` [n, h, w, c]."""
     conv, norm = layers(self)
+    widths = [max(1, round(64 * 2**stage * self.width)) for stage in range(len(self.stages))]
     x = enter(self, x, train, conv, norm)
     if self.entry == 'rgb':
-      x = conv(64, 7, 2, name='conv1')(x)
+      size, stride = (3, 1) if self.cifar_stem else (7, 2)
+      x = conv(widths[0], size, stride, name='conv1')(x)
       x = nn.relu(norm(name='bn1')(x, train))
-      pad: Any = ((1, 1), (1, 1))  # Flax annotates strings only.
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
+      if not self.cifar_stem:
+        pad: Any = ((1, 1), (1, 1))  # Flax annotates strings only.
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
     keep_features(self, x)
 
     block = _Bottleneck if self.bottleneck else _BasicBlock
     expansion = 4 if self.bottleneck else 1
     # DCT maps meet a projection in the first block even where their channels happen to be as
     # many as its outputs: a frequency is no feature to be passed on as it is.
-    features = 64 if self.entry == 'rgb' else None
-    for stage, blocks in enumerate(self.stages):
-      width = 64 * 2**stage
+    features = widths[0] if self.entry == 'rgb' else None
+    for stage, (blocks, width) in enumerate(zip(self.stages, widths, strict=True)):
       for i in range(blocks):
         stride = (1, self.stage2_stride, 2, 2)[stage] if i == 0 else 1
         same = features == width * expansion and stride == 1
@@ -65,10 +72,10 @@ class ResNet(Network):
           name=f'layer{stage + 1}_{i}',
         )(x, train)
         features = width * expansion
-    return leave(self, x, 'fc', _FC_INIT)
+    return leave(self, x, 'fc', FC_INIT)
 
 
-class CifarResNet(Network):
+class CifarResNet(DctNetwork):
   """ResNet-20/56 for 32 x 32 images, see `create_model`.
 
   Where a stage begins with stride 2 the shortcut takes every second pixel and pads the new
@@ -120,7 +127,7 @@ class CifarResNet(Network):
           self.zero_init_residual,
           name=f'layer{stage + 1}_{i}',
         )(x, train)
-    return leave(self, x, 'fc', _FC_INIT)
+    return leave(self, x, 'fc', FC_INIT)
 
 
 class _Block(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.models._network import Network
+from fqjax.models._network import DctNetwork, Network
 
 _Flat = dict[tuple[str, ...], Any]
 
@@ -34,6 +34,9 @@ def entry_features(model: Network, variables: Mapping[str, Any], x: jax.Array) -
   Returns:
     [n, h', w', c'] in the computation type of `model`.
 
+  Raises:
+    ValueError: A network without a DCT twin.
+
   Example:
     >>> model = create_model('cifar_resnet20', stem_stride=2)
     >>> x = jnp.ones((1, 16, 16, 3))
@@ -41,6 +44,11 @@ def entry_features(model: Network, variables: Mapping[str, Any], x: jax.Array) -
     >>> jax.eval_shape(lambda v: entry_features(model, v, x), variables).shape
     (1, 8, 8, 16)
   """
+  if not isinstance(model, DctNetwork):
+    raise ValueError(
+      f'entry_features needs a network with a DCT twin, got {type(model).__name__}.\n  Use a '
+      'ResNet or a MobileNetV2.'
+    )
   # Only this is returned, so the compiler drops the rest of the network.
   _, state = model.apply(variables, x, mutable=['features'])
   (features,) = jax.tree.leaves(state['features'])

@@ -86,10 +86,10 @@ def dwt2(
     ValueError: as `dwt`, or not two axes.
 
   Example:
-    >>> x = jnp.ones((64, 224, 224, 3))
+    >>> x = jnp.ones((2, 224, 224, 3))
     >>> cA, (cH, cV, cD) = dwt2(x, 'haar', axes=(1, 2))
     >>> cA.shape, float(cA[0, 0, 0, 0].round(3))
-    ((64, 112, 112, 3), 2.0)
+    ((2, 112, 112, 3), 2.0)
   """
   bands = dwtn(data, wavelet, mode, banks.two_axes(axes))
   return bands['aa'], _to_triple(bands)
@@ -238,8 +238,8 @@ def waverec(
     ValueError: the shapes do not fit each other or `shape`, or there is no array.
 
   Example:
-    >>> x = jnp.arange(99.0)
-    >>> bool(jnp.allclose(waverec(wavedec(x, 'sym4'), 'sym4', shape=x.shape), x, atol=1e-3))
+    >>> x = jnp.arange(9.0)
+    >>> bool(jnp.allclose(waverec(wavedec(x, 'db2'), 'db2', shape=x.shape), x, atol=1e-4))
     True
   """
   approximation, *levels = _as_list(coeffs)
@@ -274,9 +274,9 @@ def wavedec2(
     ValueError: as `dwt`, level < 0, or not two different axes.
 
   Example:
-    >>> cA, *levels = wavedec2(jnp.ones((2, 64, 64, 3)), 'db4', level=2, axes=(1, 2))
+    >>> cA, *levels = wavedec2(jnp.ones((2, 64, 64, 3)), 'haar', level=2, axes=(1, 2))
     >>> cA.shape, levels[-1][0].shape
-    ((2, 21, 21, 3), (2, 35, 35, 3))
+    ((2, 16, 16, 3), (2, 32, 32, 3))
   """
   approximation, *levels = _analysis(data, wavelet, mode, level, banks.two_axes(axes))
   return [approximation, *map(_to_triple, levels)]
@@ -306,7 +306,7 @@ def waverec2(
     ValueError: the shapes do not fit each other or `shape`, or there is no array.
 
   Example:
-    >>> x = jnp.arange(63.0).reshape(7, 9)
+    >>> x = jnp.arange(15.0).reshape(3, 5)
     >>> bool(jnp.allclose(waverec2(wavedec2(x, 'haar'), 'haar', shape=x.shape), x, atol=1e-4))
     True
   """
@@ -497,8 +497,8 @@ def array_to_coeffs(array, coeff_slices: Sequence, output_format: str = 'wavedec
     ValueError: an unknown format, or no slices.
 
   Example:
-    >>> x = jnp.arange(64.0).reshape(8, 8)
-    >>> array, slices = coeffs_to_array(wavedec2(x, 'haar'))
+    >>> x = jnp.arange(16.0).reshape(4, 4)
+    >>> array, slices = coeffs_to_array(wavedec2(x, 'haar', level=1))
     >>> bool(
     ...   jnp.allclose(waverec2(array_to_coeffs(array, slices, 'wavedec2'), 'haar'), x, atol=1e-4)
     ... )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fqjax.rules._tree import apply_masks, covered
+from fqjax.rules._tree import apply_masks, check_finite, covered
 
 PyTree = Any
 Project = Callable[..., tuple[PyTree, PyTree]]
@@ -99,6 +99,10 @@ def finalize(
     params: with exact zeros.
     masks: bool, True lives, None for leaves the target leaves alone; for `keep_masked`.
 
+  Raises:
+    ValueError: for weights that are NaN or infinite where the target prunes, or a plan of another
+      model.
+
   Example:
     >>> def half(tree):
     ...   masks = {'w': jnp.abs(tree['w']) > jnp.median(jnp.abs(tree['w']))}
@@ -108,6 +112,7 @@ def finalize(
     [ 0. -4.  3.  0.] [False  True  True False]
   """
   projected, masks = projection(target)(params, saliency=saliency)
+  check_finite(params, masks)
   if levels is not None:
     projected = apply_masks(levels(projected, masks), masks)
   return projected, masks

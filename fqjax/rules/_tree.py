@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jax.core import Tracer
 import jax.numpy as jnp
+import numpy as np
 
-from fqjax.tracing._jaxpr import leaf_name
+from fqjax.tracing import leaf_name
 
 PyTree = Any
 
@@ -64,6 +65,20 @@ def check_masks(params: PyTree, masks: PyTree) -> None:
       raise ValueError(
         f'the mask of {name} has shape {list(jnp.shape(m))}, the weights {list(p.shape)}: the masks'
         ' are those of another model.'
+      )
+
+
+def check_finite(params: PyTree, masks: PyTree) -> None:
+  """Raises ValueError, naming the leaf, for masked weights that cannot be ranked; not while tracing."""
+  for name, p, m in zip(names(params), jax.tree.leaves(params), beside(params, masks), strict=True):
+    if m is None or isinstance(p, Tracer):
+      continue
+    # On the host where all of it is here: nothing to compile.
+    finite = (np if getattr(p, 'is_fully_addressable', True) else jnp).isfinite(p)
+    if not bool(finite.all()):
+      raise ValueError(
+        f'{name} holds NaN or infinite weights, so no order of magnitudes exists. Restore a checkpoint'
+        ' from before they appeared, and lower the learning rate or rho.'
       )
 
 

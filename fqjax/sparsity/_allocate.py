@@ -16,6 +16,7 @@ from fqjax.sparsity._rules import (
   PROTECTED,
   Claim,
   assign,
+  call,
   check_values,
   fit,
   is_structure,
@@ -23,8 +24,9 @@ from fqjax.sparsity._rules import (
 )
 from fqjax.sparsity.structures import Unstructured
 
-# Kept fractions a knapsack tries: half steps of two, down to 1/64.
 GRID = tuple(round(2 ** (-k / 2), 4) for k in range(1, 13))
+"""Kept fractions a knapsack tries: half steps of two, down to 1/64."""
+
 _COSTS = ('weights', 'bits', 'bytes', 'macs')
 
 
@@ -53,12 +55,10 @@ def allocate(
   (structures, functions (weights, layout) -> structure, None for dense). A structure is what its
   layers get, and is paid from the budget. Layers left dense are outside it.
 
-  Methods:
-    'uniform': the same kept fraction everywhere.
-    'erk': kept fractions proportional to (sum of dimensions)/(product of dimensions), at most 1
-      (Erdos-Renyi kernels: small layers stay denser).
-    'knapsack': the choices with the most saliency kept in total.
-    With a dict as `keep` each layer gets what the dict says, and there is no method.
+  Method 'uniform' gives the same kept fraction to all; 'erk' fractions proportional to (sum of
+  dimensions)/(product of dimensions), at most 1 (Erdos-Renyi kernels: small layers stay denser);
+  'knapsack' the choices that keep the most saliency in total. With a dict as `keep` each layer gets
+  what the dict says, and there is no method.
 
   Args:
     params: any pytree of arrays.
@@ -223,7 +223,7 @@ def _make(claim: Claim, keep: float, why: str, unfit: str) -> Entry:
   if keep == 1:
     reason = f'{claim.reason}; {why}: keep 1'
     return Entry(claim.path, tuple(claim.leaf.shape), '', None, reason)
-  made = _no_pool(claim, claim.value(keep))
+  made = _no_pool(claim, call(claim, claim.value, keep))
   return decide(claim._replace(value=made, reason=f'{claim.reason}; {why}'), unfit)
 
 
@@ -300,7 +300,7 @@ def _choices(claim: Claim, worth, prices, cost, grid) -> tuple[list[_Choice], st
   elif isinstance(claim.value, tuple | list):
     menu = list(claim.value)
   elif callable(claim.value):
-    menu = [None, *(claim.value(keep) for keep in grid)]
+    menu = [None, *(call(claim, claim.value, keep) for keep in grid)]
   else:
     raise ValueError(
       f'{claim.rule} gives {claim.path!r} {claim.value!r}; give a structure, a tuple to choose from, '

@@ -34,7 +34,8 @@ def knapsack(
   the best single changes that fit. Steps that no longer fit are passed over.
 
   Args:
-    costs: [groups][choices], finite and >= 0; groups may differ in their number of choices.
+    costs: for each group a cost per choice, finite and >= 0; groups may differ in their number of
+      choices.
     values: likewise, any finite numbers.
     budget: most total cost, at least the sum of the cheapest choices.
 

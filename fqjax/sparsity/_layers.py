@@ -1,9 +1,10 @@
 """What a network does with each of its weights, read from its trace: work, order, groups, layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fqjax.tracing import Operation, Value, _summary, trace
+from fqjax.tracing import Operation, Value
+from fqjax.tracing.reader import Reader, trace_parameters
 
 
 class Layer(NamedTuple):
@@ -48,21 +49,13 @@ def trace_layers(apply_fn: Callable, *args, **kwargs) -> dict[str, Layer]:
     >>> layers['conv'].macs, layers['fc']
     (5184, Layer(macs=40, groups=1, times=1, layout='IO'))
   """
-  if _summary._is_container(apply_fn):
-    names = _summary._names_in(apply_fn, '0')
-    program = trace(lambda self, *a, **k: self(*a, **k), apply_fn, *args, **kwargs)
-  else:
-    names = _summary._parameter_names(args, kwargs)
-    program = trace(apply_fn, *args, **kwargs)
-  if not names:
+  program, parameters = trace_parameters(apply_fn, *args, **kwargs)
+  if not parameters:
     raise ValueError(
       'no parameters among the arguments; pass them, e.g. '
       'trace_layers(model.apply, variables, images).'
     )
-  reader = _Reader(capture=False)
-  for value in program.inputs:
-    if value.name in names:
-      reader.add(value, names[value.name])
+  reader = _LayoutReader(parameters)
   layers: dict[str, Layer] = {}
   for found in reader.read(program):
     if not found.macs or not found.used:
@@ -73,20 +66,17 @@ def trace_layers(apply_fn: Callable, *args, **kwargs) -> dict[str, Layer]:
   return layers
 
 
-class _Reader(_summary._Reader):
-  """The walk of `summary`, which notes besides how products read their weights."""
+class _LayoutReader(Reader):
+  """A reader that notes besides how products read their weights."""
 
-  def __init__(self, capture: bool):
-    super().__init__(capture)
+  def __init__(self, parameters: Mapping[Value, str]):
+    super().__init__(parameters)
     self.groups: dict[str, int] = {}
     self.layouts: dict[str, str] = {}
-    self._whole: dict[Value, str] = {}  # parameters as they came in
+    self._whole = dict(parameters)  # as they came in
 
-  def add(self, value: Value, path: str):
-    super().add(value, path)
-    self._whole[value] = path
-
-  def _read_plain(self, op: Operation, times: int):
+  def read_plain(self, op: Operation, times: int):
+    """Looks at the operation first."""
     for i, value in enumerate(op.inputs[:2]):
       for path in self.origins(value):
         self.groups.setdefault(path, op.params.get('feature_group_count', 1))
@@ -94,7 +84,7 @@ class _Reader(_summary._Reader):
         self._whole[op.outputs[0]] = self._whole[value]
       elif value in self._whole and (layout := _layout(op, i)):
         self.layouts.setdefault(self._whole[value], layout)
-    return super()._read_plain(op, times)
+    return super().read_plain(op, times)
 
 
 def _layout(op: Operation, operand: int) -> str:

@@ -14,12 +14,11 @@ from fqjax.runtime import graph as graph_lib
 from fqjax.runtime.graph import Graph, Node
 from fqjax.sparsity import _facts, _live
 from fqjax.sparsity._slots import Slots
-from fqjax.tracing import Traced, to_graph
-from fqjax.tracing._jaxpr import leaf_name
+from fqjax.tracing import Traced, leaf_name, to_graph
 
 
-class Layer(NamedTuple):
-  """A convolution or a product with a parameter.
+class Widths(NamedTuple):
+  """Channels of a convolution or of a product with a parameter, before and after.
 
   Attributes:
     path: of its kernel.
@@ -39,7 +38,7 @@ class Report:
   """What was removed; `str(report)` is a table.
 
   Attributes:
-    layers: in order of execution.
+    layers: `Widths` of each layer, in order of execution.
     sizes: number of parameters (all variables), before and after.
     folded: (path, channels) of biases and means that took up constants of removed channels.
     keep: path -> for each axis the indices that stay, None for all.
@@ -47,7 +46,7 @@ class Report:
     unused: paths of variables the function does not read; they stay as they are.
   """
 
-  layers: tuple[Layer, ...]
+  layers: tuple[Widths, ...]
   sizes: tuple[int, int]
   folded: tuple[tuple[str, int], ...]
   keep: Mapping[str, tuple[np.ndarray | None, ...]]
@@ -79,6 +78,14 @@ class Report:
 
     Raises:
       ValueError: a leaf of another shape than the variable of its path.
+
+    Example:
+      >>> params = {'a': jnp.ones((4, 3)).at[:, 1].set(0), 'b': jnp.ones((3, 2))}
+      >>> apply_fn = lambda p, x: jax.nn.relu(x @ p['a']) @ p['b']
+      >>> report = remove_unused(apply_fn, params, jnp.ones((1, 4))).report
+      >>> momentum = {'a': np.arange(12).reshape(4, 3), 'b': np.zeros((3, 2))}
+      >>> report.slice(momentum)['a'][0]
+      array([0, 2])
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: self._cut(leaf_name(path), x), tree)
 
@@ -327,7 +334,7 @@ def _layers(graph: Graph, slots: Slots, facts: Mapping[str, _facts.Fact], live: 
       fact = _facts.channels(facts[node.inputs[0]], axis, len(inputs))
       if count := int((fact.known & ~fact.zero & live.keep[inputs]).sum()):
         stuck['inputs with a constant', 'its padding makes the border differ'] = count
-    yield Layer(
+    yield Widths(
       path, counts[0], counts[1], tuple((n, what, why) for (what, why), n in stuck.items())
     )
 

@@ -7,16 +7,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fqjax.runtime import codecs
 from fqjax.sparsity import _tree
 from fqjax.sparsity._gates import Pooled
 from fqjax.sparsity._layers import Layer
 from fqjax.sparsity._layout import axes
 from fqjax.sparsity._rules import LAYOUTS, PROTECTED, Claim, assign, check_values, fit, resolve
 from fqjax.sparsity._select import keep_count, top_k_mask, top_k_masks
-from fqjax.sparsity.structures import Structure, Unstructured
+from fqjax.sparsity.structures import Structure
 from fqjax.sparsity.structures._base import scores_of
 
 
@@ -271,45 +269,6 @@ def _check_model(plan: Plan, leaves):
       f'the plan is of another model: the parameters have {min(extra)!r}, the plan does not. Make '
       'a plan for these parameters.'
     )
-
-
-def bits(plan: Plan, params, value_bits: int | None = None) -> dict[str, codecs.Bits]:
-  """What every array of the model costs as stored, index, tables and padding included.
-
-  Args:
-    plan: from `make_plan`.
-    params: the tree the plan was made for; projected first, which leaves pruned weights as they are.
-    value_bits: bits per kept weight of pruned arrays; those of the dtype by default.
-
-  Returns:
-    path -> `Bits(values, index, tables, padding)` for every array of floats, dense ones too.
-
-  Raises:
-    ValueError: when `params` are not of the plan's model.
-
-  Example:
-    >>> params = {'fc': {'kernel': jnp.arange(64.0).reshape(8, 8), 'bias': jnp.ones(8)}}
-    >>> plan = make_plan(params, [('.*/kernel', NM(1, 4))])
-    >>> cost = bits(plan, params)
-    >>> cost['fc/kernel'].values, cost['fc/kernel'].index, cost['fc/bias'].values
-    (512, 32, 256)
-  """
-  pruned, masks = (_tree.flatten(tree)[0] for tree in project(plan, params))
-  found = {}
-  for entry in plan.entries:
-    w = pruned[entry.path]
-    if not _tree.is_weight(w):
-      continue
-    host = np.asarray(w)
-    structure = entry.structure
-    if isinstance(structure, Pooled):
-      structure = Unstructured(count=int(masks[entry.path].sum()))
-    if structure is not None:
-      found[entry.path] = structure.bits(host, entry.layout, value_bits)
-    else:
-      raw = host.view(np.uint16) if host.dtype == jnp.bfloat16 else host
-      found[entry.path] = codecs.dense.bits(codecs.dense.encode(raw))
-  return found
 
 
 def check_masks(plan: Plan, masks) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fqjax.sparsity._layout import from_kernels, to_kernels
 from fqjax.sparsity._rules import LAYOUTS
-from fqjax.tracing._jaxpr import leaf_name
+from fqjax.tracing import leaf_name
 
 
 def purify(

@@ -1,6 +1,6 @@
 """Which leaf gets which rule: first match wins, and every leaf is told why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
@@ -11,10 +11,9 @@ from fqjax.sparsity import _tree
 from fqjax.sparsity._layers import Layer
 from fqjax.sparsity._layout import axes, kernel_shape
 
-# Rank -> layout of Flax and Haiku. Equinox and PyTorch: {4: 'OIHW', 3: 'OIH', 2: 'OI'}.
 LAYOUTS = {4: 'HWIO', 3: 'HIO', 2: 'IO'}
+"""Rank -> layout of Flax and Haiku. Equinox and PyTorch: {4: 'OIHW', 3: 'OIH', 2: 'OI'}."""
 
-# What is never pruned, by name: (regex on the whole path, case ignored; reason).
 PROTECTED = (
   (r'.*/b|(.*/)?([^/]*bias|offset|beta)', 'bias'),
   (r'(.*/)?(scale|gamma|mean|var)', 'normalisation'),
@@ -22,6 +21,7 @@ PROTECTED = (
   (r'(.*/)?[^/]*embed[^/]*(/(weight|table))?', 'embedding table'),
   (r'(.*/)?(cls|[^/]*token)', 'learned token'),
 )
+"""What is never pruned, by name: (regex on the whole path, case ignored; reason)."""
 
 _GATES = re.compile(r'(.*/)?([ih][ifgo]|[ih][rzn])/[^/]*')
 _CELLS = re.compile(r'.*(lstm|gru).*', re.IGNORECASE)
@@ -179,10 +179,18 @@ def resolve(value, claim: Claim) -> Any:
       f'{claim.rule} makes a structure from the weights of {claim.path!r}, which are abstract; '
       'call with the arrays, outside jit.'
     )
-  made = value(claim.leaf, claim.layout)
+  made = call(claim, value, claim.leaf, claim.layout)
   if not is_structure(made):
     raise ValueError(f'{claim.rule} returned {made!r} for {claim.path!r}, not a structure.')
   return made
+
+
+def call(claim: Claim, make: Callable, *args):
+  """What a rule's function makes of a leaf; an error of its own names the layer too."""
+  try:
+    return make(*args)
+  except ValueError as e:
+    raise ValueError(f'{claim.path!r} {list(claim.leaf.shape)} ({claim.rule}): {e}') from e
 
 
 def fit(structure, claim: Claim) -> str:

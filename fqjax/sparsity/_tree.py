@@ -10,7 +10,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
-from fqjax.tracing._jaxpr import leaf_name
+from fqjax.tracing import leaf_name
 
 
 def is_array(leaf) -> bool:

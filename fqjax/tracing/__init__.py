@@ -2,8 +2,18 @@
 
 from fqjax.tracing._evaluate import evaluate, evaluate_node
 from fqjax.tracing._graph import Traced, to_graph
-from fqjax.tracing._jaxpr import Body, Operation, Program, Value, flatten, open_body, trace
-from fqjax.tracing._summary import Row, Summary, count_macs, summary
+from fqjax.tracing._jaxpr import (
+  Body,
+  Operation,
+  Program,
+  Value,
+  flatten,
+  leaf_name,
+  open_body,
+  trace,
+)
+from fqjax.tracing._summary import Row, Summary, summary
+from fqjax.tracing.reader import count_macs
 
 __all__ = [
   'Body',
@@ -17,6 +27,7 @@ __all__ = [
   'evaluate',
   'evaluate_node',
   'flatten',
+  'leaf_name',
   'open_body',
   'summary',
   'to_graph',

@@ -121,7 +121,16 @@ def _abstract(leaf) -> jax.ShapeDtypeStruct:
 
 
 def leaf_name(path: Sequence[Any]) -> str:
-  """Path of a pytree leaf: keys joined by '/', without the `/value` of NNX variables."""
+  """Path of a pytree leaf: keys joined by '/', without the `/value` of NNX variables.
+
+  Args:
+    path: of `jax.tree_util.tree_flatten_with_path`.
+
+  Example:
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({'conv1': {'kernel': 0}})
+    >>> leaf_name(path)
+    'conv1/kernel'
+  """
   return jax.tree_util.keystr(tuple(path), simple=True, separator='/').removesuffix('/value')
 
 

@@ -23,6 +23,7 @@ from fqjax.train.metrics import Writer as Writer
 from fqjax.train.metrics import compile_count as compile_count
 from fqjax.train.metrics import memory_bytes as memory_bytes
 from fqjax.train.metrics import read_json_lines as read_json_lines
+from fqjax.train.report import Picture as Picture
 from fqjax.train.report import Sample as Sample
 from fqjax.train.report import Table as Table
 from fqjax.train.report import write_report as write_report
@@ -42,6 +43,7 @@ __all__ = [
   'FitResult',
   'JsonLines',
   'NonFiniteError',
+  'Picture',
   'Restored',
   'Sample',
   'Table',

@@ -105,6 +105,10 @@ text.number { fill: var(--ink); font-size: 11px; }
 .confusion td.right { outline: 2px solid var(--text); outline-offset: -2px; }
 .confusion td.total { background: none; color: inherit; font-weight: 600; text-align: right; }
 
+.pictures { display: grid; gap: 26px; }
+.picture .scroll { width: fit-content; background: #ffffff; }
+.picture img { display: block; height: auto; max-width: max(100%, var(--least)); }
+
 .samples { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); }
 .samples img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain;

@@ -7,14 +7,12 @@ be the last line of a notebook cell after `%matplotlib inline`.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fqjax import ops
+from fqjax import _figures, ops
 
 COMPONENTS = ('Y', 'Cb', 'Cr')
 
@@ -35,14 +33,6 @@ class Point(NamedTuple):
   accuracy: float
   spread: float | None = None
   series: str = ''
-
-
-def _figure(width: float, height: float, images: bool = True) -> Figure:
-  # Images keep their shape; what they leave free goes to the edge, not between them.
-  layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, compress=images)
-  figure = Figure(figsize=(width, height), layout=layout)
-  FigureCanvasAgg(figure)
-  return figure
 
 
 def heatmap_figure(
@@ -72,7 +62,7 @@ def heatmap_figure(
     )
   maps = frequency.reshape(-1, size, size)
   rank = np.asarray(ops.zigzag_rank(size)).reshape(size, size)
-  figure = _figure(3.5 * len(maps) + 0.8, 4.1 + 0.3 * bool(title))
+  figure = _figures.figure(3.5 * len(maps) + 0.8, 4.1 + 0.3 * bool(title))
   panels = np.atleast_1d(figure.subplots(1, len(maps)))
   for axes, name, values in zip(panels, COMPONENTS, maps, strict=False):
     image = axes.imshow(values, vmin=0.0, vmax=1.0, cmap='Blues')
@@ -122,7 +112,7 @@ def channel_panels(
     raise ValueError(f'image [{image.shape[0]}, {image.shape[1]}] holds no {size} x {size} block.')
   image = image[: rows * size, : columns * size]
   plane = np.asarray(ops.rgb_to_ycbcr(image.astype(np.float32)))[..., COMPONENTS.index(component)]
-  figure = _figure(10.0, 0.5 + 4.8 * min(rows / columns, 2.0))
+  figure = _figures.figure(10.0, 0.5 + 4.8 * min(rows / columns, 2.0))
   left, right = figure.subplots(1, 2)
   left.imshow(image)
   left.set_title('photograph')
@@ -171,28 +161,14 @@ def accuracy_against_bytes(
   points = [Point(**p) if isinstance(p, Mapping) else Point(*p) for p in points]
   if not points:
     raise ValueError('accuracy_against_bytes needs at least one point.')
-  figure = _figure(7.0, 4.6, images=False)
+  figure = _figures.figure(7.0, 4.6, images=False)
   axes = figure.subplots()
-  series: dict[str, list[Point]] = {}
+  series: dict[str, list[_figures.Dot]] = {}
   for point in points:
-    series.setdefault(point.series or point.label, []).append(point)
-  for marker, (name, members) in zip('osD^vP*X' * len(series), series.items(), strict=False):
-    members = sorted(members, key=lambda point: point.bytes)
-    axes.errorbar(
-      [point.bytes for point in members],
-      [point.accuracy for point in members],
-      yerr=[point.spread or 0.0 for point in members] if any(p.spread for p in members) else None,
-      marker=marker,
-      capsize=3,
-      linestyle='-' if len(members) > 1 else 'none',
-      label=name,
-    )
-    for point in members:
-      if point.series:
-        axes.annotate(
-          point.label, (point.bytes, point.accuracy),
-          textcoords='offset points', xytext=(0, 8), ha='center', fontsize=9,
-        )  # fmt: skip
+    label = point.label if point.series else ''
+    dot = _figures.Dot(point.bytes, point.accuracy, point.spread, label)
+    series.setdefault(point.series or point.label, []).append(dot)
+  _figures.draw_series(axes, series)
   axes.set_xscale('log', base=2)
   sizes = sorted({point.bytes for point in points})
   axes.set_xticks(sizes)
@@ -200,11 +176,9 @@ def accuracy_against_bytes(
   axes.xaxis.set_minor_formatter(NullFormatter())
   # Room for the labels, which are centred over the outermost points.
   axes.set_xlim(sizes[0] / 2, sizes[-1] * 2)
-  axes.margins(y=0.12)
   axes.tick_params(axis='x', rotation=30 if len(sizes) > 5 else 0)
   axes.set_xlabel('input bytes per image')
   axes.set_ylabel('top-1, %')
-  axes.grid(alpha=0.3)
   axes.legend(frameon=False)
   if title:
     axes.set_title(title)

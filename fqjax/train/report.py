@@ -1,67 +1,31 @@
 """The report of a run: one HTML file that needs nothing else, not even a network."""
 
-import base64
 from collections.abc import Mapping, Sequence
 import dataclasses
 import html
 import importlib.metadata
-import io
 import json
-import math
 import numbers
 import os
 import pathlib
 import platform
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import PIL.Image
 
 from fqjax import files
 from fqjax.data import Corrupt
 from fqjax.train import _page, _svg
 from fqjax.train._corrupt import METRIC
+from fqjax.train._pictures import Picture, Sample, class_name, pictures_html, samples_html
+from fqjax.train._tables import Table, cell_text, table_html
 
 COMPONENTS = ('Y', 'Cb', 'Cr')
 # Wider than this, a matrix says less than a list of its largest entries.
 MAX_MATRIX = 30
-MAX_SAMPLES = 48
 # Names of undecodable files; all of them are in `corrupt.json`.
 MAX_FILES = 5
-
-
-class Table(NamedTuple):
-  """A table of the report.
-
-  Attributes:
-    title: heading above it.
-    head: names of the columns; the first column names the rows.
-    rows: cells: text, a number, a pair (value, standard error), or None for empty.
-    note: one sentence below it.
-  """
-
-  title: str
-  head: Sequence[str]
-  rows: Sequence[Sequence[Any]]
-  note: str = ''
-
-
-class Sample(NamedTuple):
-  """A photograph and what the network said.
-
-  Attributes:
-    image: uint8 [h, w, 3].
-    label: true class, as an index or a name.
-    prediction: predicted class, likewise.
-    probability: of the predicted class, 0..1, if known.
-  """
-
-  image: np.ndarray
-  label: int | str
-  prediction: int | str
-  probability: float | None = None
-
 
 History = Sequence[Mapping[str, Any]]
 
@@ -79,6 +43,7 @@ def write_report(
   class_names: Sequence[str] | None = None,
   samples: Sequence[Sample] = (),
   tables: Sequence[Table] = (),
+  figures: Sequence[Picture] = (),
   summary: Mapping[str, Any] | None = None,
   hardware: str | None = None,
   corrupt: Mapping[str, Corrupt] | None = None,
@@ -99,6 +64,7 @@ def write_report(
     class_names: names of the classes.
     samples: photographs with predictions; the first 48 are shown.
     tables: the first stands at the top, the others after the curves.
+    figures: Matplotlib figures with title and caption, after the first table.
     summary: name to value, shown largest; by default what `history` ends with.
     hardware: what it ran on; by default what JAX and the system say.
     corrupt: what could not be decoded (of a loader's iterator, or of `fit`), by name of the data:
@@ -108,7 +74,7 @@ def write_report(
     The path.
 
   Raises:
-    ValueError: shapes that do not fit together, named.
+    ValueError: shapes that do not fit together, named; a picture that is no figure.
 
   Example:
     >>> import tempfile
@@ -127,13 +93,14 @@ def write_report(
     (
       'summary',
       'Result',
-      _summary(summary) + ''.join(_table(t) for t in tables[:1]) + _corrupt(corrupt or {}),
+      _summary(summary) + ''.join(table_html(t) for t in tables[:1]) + _corrupt(corrupt or {}),
     ),
+    ('pictures', 'Pictures', pictures_html(figures)),
     ('curves', 'Curves', _curves(runs)),
     ('channels', 'Chosen channels', _heat_maps(heatmap, block)),
-    ('tables', 'Comparisons', ''.join(_table(t) for t in tables[1:])),
+    ('tables', 'Comparisons', ''.join(table_html(t) for t in tables[1:])),
     ('confusion', 'Confusion', _confusion(confusion, class_names)),
-    ('samples', 'Photographs', _samples(samples, class_names)),
+    ('samples', 'Photographs', samples_html(samples, class_names)),
     ('repeat', 'Repeat it', _repeat(command, config, hardware)),
   ]
   sections = [section for section in sections if section[2]]
@@ -144,76 +111,7 @@ def write_report(
   return path
 
 
-# -------------------------------------------------------------------- numbers and tables
-
-
-def _text(value: Any) -> str:
-  """A cell: numbers with the digits that mean something, pairs as value ± error, escaped."""
-  if value is None:
-    return ''
-  if isinstance(value, tuple) and len(value) == 2:
-    middle, spread = value
-    if spread is None or not math.isfinite(spread) or spread <= 0:
-      return _text(middle)
-    places = max(0, 1 - math.floor(math.log10(spread)))
-    return f'{middle:,.{places}f}&nbsp;± {spread:,.{places}f}'
-  if isinstance(value, (bool, np.bool_)):
-    return 'yes' if value else 'no'
-  if isinstance(value, numbers.Integral):
-    return f'{int(value):,}'
-  if isinstance(value, numbers.Real):
-    number = float(value)
-    if number == int(number) if math.isfinite(number) else False:
-      return f'{number:,.0f}'
-    return f'{number:,.1f}' if abs(number) >= 1000 else f'{number:.4g}'
-  return html.escape(str(value))
-
-
-def _column_texts(cells: Sequence[Any]) -> list[str]:
-  """Cells of one column; fractions get equally many decimals."""
-  texts = [_text(cell) for cell in cells]
-  plain = [isinstance(cell, numbers.Real) and math.isfinite(cell) for cell in cells]
-  places = [
-    len(t.partition('.')[2]) for t, p in zip(texts, plain, strict=True) if p and 'e' not in t
-  ]
-  if not places or max(places) == 0:
-    return texts
-  most = max(places)
-  return [f'{c:,.{most}f}' if p else t for c, p, t in zip(cells, plain, texts, strict=True)]
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (numbers.Real, tuple)) and not isinstance(value, bool)
-
-
-def _table(table: Table) -> str:
-  width = len(table.head)
-  for row in table.rows:
-    if len(row) != width:
-      raise ValueError(f'table {table.title!r} has {width} columns and a row of {len(row)}: {row}')
-  right = [
-    any(_is_number(row[i]) for row in table.rows)
-    and all(row[i] is None or _is_number(row[i]) for row in table.rows)
-    for i in range(width)
-  ]
-  side = [' class="number"' if r else '' for r in right]
-  texts = [_column_texts(column) for column in zip(*table.rows, strict=True)]
-  head = ''.join(
-    f'<th scope="col"{s}>{html.escape(name)}</th>' for name, s in zip(table.head, side, strict=True)
-  )
-  body = ''.join(
-    '<tr>'
-    + f'<th scope="row"{side[0]}>{row[0]}</th>'
-    + ''.join(f'<td{s}>{cell}</td>' for cell, s in zip(row[1:], side[1:], strict=True))
-    + '</tr>'
-    for row in zip(*texts, strict=True)
-  )
-  note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ''
-  return (
-    f'<h3>{html.escape(table.title)}</h3>'
-    f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">'
-    f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-  )
+# -------------------------------------------------------------------- summary
 
 
 def _last_values(runs: Mapping[str, History]) -> dict[str, Any]:
@@ -235,7 +133,7 @@ def _last_values(runs: Mapping[str, History]) -> dict[str, Any]:
 
 def _summary(summary: Mapping[str, Any]) -> str:
   items = ''.join(
-    f'<div><dt>{html.escape(name)}</dt><dd>{_text(value)}</dd></div>'
+    f'<div><dt>{html.escape(name)}</dt><dd>{cell_text(value)}</dd></div>'
     for name, value in summary.items()
   )
   return f'<dl class="facts">{items}</dl>' if items else ''
@@ -366,14 +264,6 @@ def _heat_maps(heatmap: Any, block: int) -> str:
 # -------------------------------------------------------------------- confusion
 
 
-def _name(label: Any, class_names: Sequence[str] | None) -> str:
-  if isinstance(label, str):
-    return label
-  if class_names is not None and 0 <= int(label) < len(class_names):
-    return str(class_names[int(label)])
-  return f'class {int(label)}'
-
-
 def _confusion(confusion: Any, class_names: Sequence[str] | None) -> str:
   if confusion is None:
     return ''
@@ -383,7 +273,7 @@ def _confusion(confusion: Any, class_names: Sequence[str] | None) -> str:
   if class_names is not None and len(class_names) != len(counts):
     raise ValueError(f'{len(class_names)} class names for {len(counts)} classes.')
   n = len(counts)
-  names = [_name(i, class_names) for i in range(n)]
+  names = [class_name(i, class_names) for i in range(n)]
   per_class = counts / np.maximum(counts.sum(1, keepdims=True), 1)
   if n > MAX_MATRIX:
     wrong = counts * (1 - np.eye(n, dtype=counts.dtype))
@@ -395,9 +285,9 @@ def _confusion(confusion: Any, class_names: Sequence[str] | None) -> str:
         rows.append((names[i], names[j], int(counts[i, j]), round(100 * per_class[i, j], 1)))
     worst = [i for i in np.argsort(np.diag(per_class), kind='stable') if counts[i].sum()][:10]
     hard = [(names[i], round(100 * per_class[i, i], 1), int(counts[i].sum())) for i in worst]
-    return _table(
+    return table_html(
       Table('Most confused pairs', ('was', 'taken for', 'images', 'of its class, %'), rows)
-    ) + _table(Table('Hardest classes', ('class', 'right, %', 'images'), hard))
+    ) + table_html(Table('Hardest classes', ('class', 'right, %', 'images'), hard))
 
   head = ''.join(f'<th scope="col"><span>{html.escape(name)}</span></th>' for name in names)
   body = []
@@ -422,46 +312,6 @@ def _confusion(confusion: Any, class_names: Sequence[str] | None) -> str:
     f'<table class="confusion"><thead><tr><td></td>{head}<th scope="col"><span>right</span></th>'
     f'</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
   )
-
-
-# -------------------------------------------------------------------- photographs
-
-
-def _data_url(image: np.ndarray, side: int = 224) -> str:
-  """A PNG of a small image, a JPEG of a large one, both inside the page."""
-  image = np.asarray(image)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    raise ValueError(f'a sample image is uint8 [h, w, 3], got {image.dtype} {list(image.shape)}.')
-  picture = PIL.Image.fromarray(image)
-  large = max(picture.size) > side
-  if large:
-    picture.thumbnail((side, side))
-  buffer = io.BytesIO()
-  kind = 'jpeg' if large else 'png'
-  picture.save(buffer, kind, **({'quality': 88} if large else {}))
-  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
-
-
-def _samples(samples: Sequence[Sample], class_names: Sequence[str] | None) -> str:
-  figures = []
-  for sample in [Sample(*sample) for sample in samples][:MAX_SAMPLES]:
-    label, said = (_name(x, class_names) for x in (sample.label, sample.prediction))
-    right = label == said
-    sure = '' if sample.probability is None else f' {100 * sample.probability:.0f}&nbsp;%'
-    if right:
-      caption = f'<b><span aria-hidden="true">✓</span> right</b><br>{html.escape(said)}{sure}'
-    else:
-      caption = (
-        f'<b><span aria-hidden="true">✗</span> wrong</b><br>{html.escape(said)}{sure}<br>'
-        f'<span class="was">was {html.escape(label)}</span>'
-      )
-    figures.append(
-      f'<figure class="{"right" if right else "wrong"}">'
-      f'<img src="{_data_url(sample.image)}" alt="Photograph of class {html.escape(label)}" '
-      f'width="{sample.image.shape[1]}" height="{sample.image.shape[0]}">'
-      f'<figcaption>{caption}</figcaption></figure>'
-    )
-  return f'<div class="samples">{"".join(figures)}</div>' if figures else ''
 
 
 # -------------------------------------------------------------------- repeating it

@@ -116,6 +116,18 @@ def test_the_loader_reads_parts():
   assert sorted(seen[seen >= 0]) == list(range(10))
 
 
+def test_arrays_are_taken_many_at_once(tmp_path):
+  part = data.load_source('synthetic', 'train[50%:]', n=20, size=8)
+  many = part.take(np.array([7, 0, 7]))
+  for row, i in enumerate((7, 0, 7)):
+    np.testing.assert_array_equal(many['image'][row], part[i]['image'])
+    assert many['label'][row] == part[i]['label']
+  (tmp_path / 'a').mkdir()
+  for i in range(4):
+    (tmp_path / 'a' / f'{i}.jpg').write_bytes(jpeg(photograph(i, 0)))
+  assert data.load_source(f'folder:{tmp_path}', 'all[:50%]').take is None
+
+
 def test_tfds_slices_itself(tmp_path):
   """Its slices are contiguous and documented there; ours must not be laid over them."""
   tiny_tfds.write_tiny_imagenet(tmp_path, 5, 3)

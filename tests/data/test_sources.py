@@ -240,7 +240,7 @@ def test_tensorflow_is_not_needed():
 
 
 @pytest.mark.parametrize(
-  'name', ['mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples']
+  'name', ['mnist', 'cifar10', 'cifar100', 'tiny_imagenet10', 'imagenet_samples', 'coco_mini']
 )
 def test_missing_set_says_where_it_looked_and_how_to_get_it(name, tmp_path, monkeypatch):
   monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path))
@@ -293,6 +293,25 @@ def test_cifar_reader_and_its_checks(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=words):
       data.load_source('cifar10', 'train')
   _named._decode_cifar.cache_clear()
+
+
+def test_photographs_without_labels(tmp_path, monkeypatch):
+  monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path))
+  (tmp_path / 'coco_mini').mkdir()
+  for k, (part, count) in enumerate((('train', 3), ('val', 2))):
+    members = {f'{part}/{9 - i}.jpg': jpeg(photograph(i, k)) for i in range(count)}
+    make_zip(tmp_path / 'coco_mini' / f'{part}_images.zip', {**members, 'readme.txt': b''})
+  for split, n in (('train', 3), ('val', 2), ('test', 2), ('all', 5)):
+    source = data.load_source('coco_mini', split)
+    check(source, n, 1)
+    assert {source.read(i)['label'] for i in range(n)} == {0}
+  # Sorted by name in each file, the files one after the other.
+  np.testing.assert_array_equal(source[0]['image'], data.decode_image(jpeg(photograph(2, 0))))
+  np.testing.assert_array_equal(source[3]['image'], data.decode_image(jpeg(photograph(1, 1))))
+  assert source.read(4)['name'].endswith('val_images.zip!val/9.jpg')
+  make_zip(tmp_path / 'coco_mini' / 'val_images.zip', {'readme.txt': b''})
+  with pytest.raises(ValueError, match=r'coco_mini val: no image in .*val_images\.zip'):
+    data.load_source('coco_mini', 'val')
 
 
 def test_idx_reader_and_its_checks(tmp_path):
@@ -395,3 +414,18 @@ def test_real_imagenet_samples(data_dir):
   for i in (0, 100, 249):
     assert rows[labels[i]][0] in source.read(i)['name']
   assert source.class_names[0] == 'tench'
+
+
+@pytest.mark.data
+def test_real_coco_mini(data_dir):
+  parts = [data.load_source('coco_mini', split) for split in ('train', 'val')]
+  whole = data.load_source('coco_mini', 'all')
+  assert [len(part) for part in parts] == [60, 60] and len(whole) == 120
+  names = [part.read(i)['name'] for part in parts for i in range(60)]
+  assert [whole.read(i)['name'] for i in range(120)] == names and len(set(names)) == 120
+  for part, split in zip(parts, ('train', 'val'), strict=True):
+    listed = json.loads((data_dir / 'coco_mini' / f'instances_{split}.json').read_text())['images']
+    sizes = {image['file_name']: (image['height'], image['width'], 3) for image in listed}
+    for i in (0, 59):
+      file_name = part.read(i)['name'].rsplit('!')[-1].rsplit('/')[-1]
+      assert part[i]['image'].shape == sizes[file_name]

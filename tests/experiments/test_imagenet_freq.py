@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 
-from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from configs import imagenet_freq as configs
+from experiments import harness, ledger
 from experiments import imagenet_freq as experiment
-from experiments import ledger
 from fqjax import data as fd
 from fqjax import nn as fnn
 from fqjax import train
@@ -234,7 +233,7 @@ def random_rgb(config, path):
   draw = lambda a: rng.normal(size=a.shape).astype(a.dtype)
   variables = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), x))
   path.parent.mkdir(parents=True)
-  experiment.save_arrays(path, **flatten_dict(variables, sep='/'))
+  harness.save_tree(path, variables)
   return variables
 
 

@@ -155,6 +155,45 @@ def resnet_state(blocks, bottleneck=False, classes=1000, cifar=False, seed=0):
   return state
 
 
+VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+def vgg(state, x, batch_norm):
+  place = 0
+  for _, count in VGG:
+    for _ in range(count):
+      x = (
+        conv(x, state[f'features.{place}.weight']) + state[f'features.{place}.bias'][:, None, None]
+      )
+      x = relu(norm(x, state, f'features.{place + 1}') if batch_norm else x)
+      place += 3 if batch_norm else 2
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h // 2, 2, w // 2, 2).max((3, 5))
+    place += 1
+  x = x.reshape(len(x), -1)
+  for name in ('classifier.0', 'classifier.3', 'classifier.6'):
+    x = x @ np.asarray(state[f'{name}.weight'], np.float64).T + state[f'{name}.bias']
+    x = x if name == 'classifier.6' else relu(x)
+  return x
+
+
+def vgg_state(batch_norm, width=1.0, units=4096, side=7, classes=1000, seed=0):
+  state = State(seed)
+  into, place = 3, 0
+  for channels, count in VGG:
+    for _ in range(count):
+      out = round(channels * width)
+      state.add_conv(f'features.{place}', out, into, 3)
+      state[f'features.{place}.bias'] = state.rng.normal(size=out).astype(np.float32)
+      if batch_norm:
+        state.add_norm(f'features.{place + 1}', out)
+      into, place = out, place + (3 if batch_norm else 2)
+    place += 1
+  for i, out in ((0, units), (3, units), (6, classes)):
+    state.add_dense(f'classifier.{i}', out, into * side**2 if i == 0 else units)
+  return state
+
+
 def mobilenet_state(classes=1000, seed=0):
   state = State(seed)
   state.add_conv('features.0.0', 32, 3, 3)

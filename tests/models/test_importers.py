@@ -9,12 +9,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from fqjax.models import (
+  _importers,
   create_model,
   import_torchvision,
   load_cifar_resnet_npz,
   load_mobilenet_v2_npz,
 )
 from fqjax.models._resnet import ResNet
+from fqjax.models._vgg import VGG
 from tests.models import reference
 
 RESNETS = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3)} | {
@@ -87,6 +89,49 @@ def test_mobilenet_forward_equals_the_oracle(convention, x64, tmp_path):
   x = photo(1, 64)
   want = reference.mobilenet_v2(state, x.transpose(0, 3, 1, 2), tf=convention == 'tf')
   check(model, variables, want, x)
+
+
+@pytest.mark.parametrize('batch_norm', [False, True])
+def test_vgg_forward_equals_the_oracle(batch_norm, x64, tmp_path):
+  sizes = dict(width=1 / 16, units=8)
+  state = reference.vgg_state(batch_norm, side=2, classes=7, **sizes)
+  path = tmp_path / 'weights.safetensors'
+  save_file(state, path)
+  model = VGG(num_classes=7, dtype=jnp.float64, batch_norm=batch_norm, image_size=64, **sizes)
+  variables = import_torchvision(path, model)
+  x = photo(2, 64)
+  check(model, variables, reference.vgg(state, x.transpose(0, 3, 1, 2), batch_norm), x)
+
+
+def test_names_and_shapes_of_torchvisions_vgg16():
+  for batch_norm, names in (
+    (False, {'features.28.weight': (512, 512, 3, 3)}),
+    (True, {'features.40.weight': (512, 512, 3, 3), 'features.41.running_var': (512,)}),
+  ):
+    model = create_model('vgg16', batch_norm=batch_norm)
+    rename = _importers._torch_vgg_name(batch_norm)
+    shapes = {}
+    for path, leaf in jax.tree.leaves_with_path(
+      jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 224, 224, 3)))
+    ):
+      name, axes = rename(tuple(key.key for key in path))
+      axes = axes or tuple(range(leaf.ndim))
+      shapes[name] = tuple(leaf.shape[axes.index(i)] for i in range(leaf.ndim))
+    names |= {'features.0.weight': (64, 3, 3, 3), 'features.0.bias': (64,)}
+    names |= {'classifier.0.weight': (4096, 25088), 'classifier.6.bias': (1000,)}
+    assert {name: shapes[name] for name in names} == names
+    assert len(shapes) == (84 if batch_norm else 32)
+
+
+def test_cifar_stem_forward_equals_the_oracle(x64):
+  # torchvision's names fit; a 3x3 stem of stride 1 without pooling is all that differs.
+  state = reference.resnet_state((1, 1), classes=10)
+  state.add_conv('conv1', 64, 3, 3)
+  model = ResNet(num_classes=10, stages=(1, 1), cifar_stem=True, dtype=jnp.float64)
+  variables = import_torchvision(state, model)
+  x = photo(1, 9)
+  state |= {f'linear.{leaf}': state[f'fc.{leaf}'] for leaf in ('weight', 'bias')}
+  check(model, variables, reference.resnet(state, x.transpose(0, 3, 1, 2), [1, 1], True), x)
 
 
 def test_cifar_forward_equals_the_oracle(x64, tmp_path):

@@ -21,7 +21,10 @@ FAMILIES = {
   'mobilenet_v2': 3_504_872,
   'cifar_resnet20': 269_722,
   'cifar_resnet56': 853_018,
+  'cifar_resnet18': 11_173_962,
 }
+VARIANTS = sorted(name + suffix for name in FAMILIES for suffix in ('', '_dct', '_patchify'))
+ONE_SIZE = ('alexnet', 'cifar_vgg16', 'lenet5', 'vgg16')  # in test_classics.py
 
 
 @functools.cache
@@ -62,9 +65,7 @@ def count(variables):
 
 
 def test_names():
-  assert list_models() == sorted(
-    name + suffix for name in FAMILIES for suffix in ('', '_dct', '_patchify')
-  )
+  assert list_models() == sorted([*VARIANTS, *ONE_SIZE])
   assert list_models('*20_d*') == ['cifar_resnet20_dct']
   assert list_models('nothing') == []
 
@@ -82,8 +83,10 @@ def test_parameters_of_the_rgb_networks(name):
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=pytest.mark.full if re.search('34|101|56', name) else ())
-    for name in list_models()
+    pytest.param(
+      name, marks=pytest.mark.full if re.search('34|101|56|cifar_resnet18', name) else ()
+    )
+    for name in VARIANTS
   ],
 )
 def test_every_variant(name):
@@ -245,6 +248,16 @@ def test_cifar_entries():
   assert params['layer3_2']['conv2']['kernel'] == (3, 3, 96, 96)
 
 
+def test_cifar_resnet18_keeps_the_size_of_its_first_stage():
+  for name, shape, sizes in (
+    ('cifar_resnet18', (1, 32, 32, 3), [32, 16, 8, 4]),
+    ('cifar_resnet18_dct', (1, 8, 8, 24), [8, 4, 2, 1]),
+    ('cifar_resnet18_patchify', (1, 32, 32, 3), [8, 4, 2, 1]),
+  ):
+    _, outputs, _ = shapes_of(create_model(name), *shape)
+    assert [outputs[f'layer{s}_0'][1] for s in (1, 2, 3, 4)] == sizes
+
+
 def test_patchify_with_dct_kernels_is_the_dct_network(x64):
   """The control differs from the DCT network by what its first convolution may learn."""
   rng = np.random.default_rng(0)
@@ -388,7 +401,7 @@ def test_grouped_norm_on_eight_devices_is_eight_separate_batches():
   ('name', 'options', 'message'),
   [
     ('resnet5O', {}, r"no model 'resnet5O'.\n  Closest names: 'resnet50'"),
-    ('zzz', {}, r"Closest names: 'cifar_resnet20'.*list_models\(\) names all"),
+    ('zzz', {}, r"Closest names: 'alexnet'.*list_models\(\) names all"),
     ('resnet50', {'channels': 24}, r"takes no option 'channels'. 'resnet50_dct', .* would take it"),
     (
       'resnet50_dct',
@@ -403,6 +416,7 @@ def test_grouped_norm_on_eight_devices_is_eight_separate_batches():
     ('mobilenet_v2', {'convention': 'jax'}, r"takes convention = 'torch' or 'tf', got 'jax'"),
     ('mobilenet_v2', {'width': 0}, r'needs width > 0, got 0'),
     ('resnet18', {'num_classes': 0}, r'needs num_classes >= 1'),
+    ('lstm_lm', {}, r"reads words, not images: create_language_model\('lstm_lm', vocab_size"),
   ],
 )
 def test_errors_of_create_model(name, options, message):

@@ -23,6 +23,17 @@ def test_finalize_takes_masks_from_the_same_call():
   np.testing.assert_array_equal(masks['kernel'], [[True, False, True, False]])
 
 
+@pytest.mark.parametrize('bad', [np.nan, -np.inf])
+def test_finalize_refuses_weights_that_have_no_order(bad):
+  params = trees.linen()
+  params['second']['kernel'] = params['second']['kernel'].at[3, 2].set(bad)
+  with pytest.raises(ValueError, match='second/kernel holds NaN or infinite weights.*Restore'):
+    rules.finalize(trees.pairs, params)
+  params = trees.linen()
+  params['second']['bias'] = params['second']['bias'].at[0].set(bad)
+  rules.finalize(trees.pairs, params)  # what is not ranked is not looked at
+
+
 @pytest.mark.parametrize('kind', trees.KINDS)
 def test_a_plan_is_a_target_on_any_tree(kind):
   pytest.importorskip({'haiku': 'haiku', 'equinox': 'equinox'}.get(kind, 'jax'))

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -117,7 +118,8 @@ def test_accumulated(rule, kind):
     return optax.apply_updates(params, updates), state
 
   end, state = trees.train(step, params, several.init(params), 0, 2 * STEPS)
-  trees.assert_same(end, plain(rule, kind)[2][0])
+  # Another program than the plain step: JAX 0.12 rounds a mean of two halves its own way.
+  chex.assert_trees_all_close(end, plain(rule, kind)[2][0], rtol=1e-5, atol=1e-6)
   if masked(rule):
     trees.assert_dead_are_zero(end, rules.masks_of(state))
 

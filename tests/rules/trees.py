@@ -10,6 +10,7 @@ import optax
 
 from fqjax.rules import apply_masks
 from fqjax.sparsity import top_k_mask
+from fqjax.tracing import leaf_name
 
 SHAPES = {'first': {'kernel': (8, 16), 'bias': (16,)}, 'second': {'kernel': (16, 8), 'bias': (8,)}}
 
@@ -39,7 +40,6 @@ def _equinox_layer():
 
 def from_linen(kind, tree):
   """The same leaves as another kind of tree."""
-  leaves = {f'{layer}_{name}': x for layer, part in tree.items() for name, x in part.items()}
   if kind == 'linen':
     return tree
   if kind == 'nnx':
@@ -47,12 +47,15 @@ def from_linen(kind, tree):
     class Net(nnx.Module):
       def __init__(self):
         for layer in SHAPES:
-          linear = nnx.Linear(*SHAPES[layer]['kernel'], rngs=nnx.Rngs(0))
-          linear.kernel = nnx.Param(leaves[f'{layer}_kernel'])
-          linear.bias = nnx.Param(leaves[f'{layer}_bias'])
-          setattr(self, layer, linear)
+          setattr(self, layer, nnx.Linear(*SHAPES[layer]['kernel'], rngs=nnx.Rngs(0)))
 
-    return nnx.split(Net(), nnx.Param)[1]
+    def given(path, _):
+      layer, name = leaf_name(path).split('/')
+      return tree[layer][name]
+
+    # Abstractly: compiling an initialiser takes longer than most tests.
+    state = nnx.split(nnx.eval_shape(Net), nnx.Param)[1]
+    return jax.tree_util.tree_map_with_path(given, state)
   if kind == 'equinox':
     import equinox as eqx
 
@@ -67,7 +70,8 @@ def from_linen(kind, tree):
         x = hk.Linear(SHAPES[layer]['kernel'][1], name=layer)(x)
       return x
 
-    params = hk.without_apply_rng(hk.transform(net)).init(jax.random.key(0), jnp.ones((1, 8)))
+    init = hk.without_apply_rng(hk.transform(net)).init
+    params = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 8)))
     short = {'w': 'kernel', 'b': 'bias'}
     return {m: {n: tree[m][short[n]] for n in part} for m, part in params.items()}
   raise ValueError(kind)

@@ -309,6 +309,9 @@ def test_budget_in_units_equals_budget_in_shares():
     ([('.*', None)], {'keep': 0.5}, 'nothing to allocate'),
     ([('.*', 7)], {'keep': 0.5}, "gives 'a' 7; give a structure, a tuple"),
     ([('.*', lambda keep: Pooled(keep=keep))], {'keep': 0.5}, "already share one budget"),
+    (_FREE, {'keep': {'a': 1.5, '.*': 0.5}},
+     r"'a' \[8, 16\] \(rule 1 '\.\*'\): keep=1.5 must be in \(0, 1\]; a pruning ratio r is keep=1/r"),
+    (_FREE, {'keep': 0.5, 'grid': (0.0, 0.5)}, r"'a' \[8, 16\] .*keep=0.0 must be in \(0, 1\]"),
   ],
 )  # fmt: skip
 def test_allocate_refuses(rules, settings, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fqjax import summary
-from fqjax.sparsity import Layer, trace_layers
+from fqjax.sparsity import Layer, Patterns, make_plan, pattern_set, trace_layers
 from tests.sparsity.trees import IMAGES, KINDS, net
 
 
@@ -56,6 +56,33 @@ def test_groups_in_order_of_execution():
     'grouped/kernel',
     'head/kernel',
   ]
+
+
+@pytest.mark.parametrize(('size', 'macs'), [(224, 15.347e9), (32, 313.2e6)])
+def test_work_of_vgg16_and_of_its_patterns(size, macs):
+  widths = [3, 64, 64, 128, 128, *[256] * 3, *[512] * 6]
+  params = {
+    f'conv{i:02}': jax.ShapeDtypeStruct((3, 3, a, b), jnp.float32)
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+  }
+
+  def apply(p, x):
+    for i, name in enumerate(p):
+      x = jax.lax.conv_general_dilated(
+        x, p[name], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+      )
+      x = x[:, ::2, ::2] if i in (1, 3, 6, 9, 12) else x
+    return x
+
+  layers = trace_layers(apply, params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+  assert sum(layer.macs for layer in layers.values()) == pytest.approx(macs, rel=2e-4)
+  # Four of nine taps, one of 3.6 kernels, in all layers but the first.
+  patterns = Patterns(pattern_set('elog4'), keep=1 / 3.6)
+  plan = make_plan(params, [('.*', patterns)], layers=layers, dense=('first',))
+  assert [entry.path for entry in plan.pruned] == list(params)[1:]
+  before = sum(layers[entry.path].macs for entry in plan.pruned)
+  after = sum(layers[entry.path].macs * entry.kept / entry.size for entry in plan.pruned)
+  assert before / after == pytest.approx(8.1, abs=1e-3)
 
 
 def test_weights_used_again_and_in_loops_are_counted_each_time():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fqjax.models import create_model
-from fqjax.sparsity._paths import remove_unused
+from fqjax.sparsity import Unstructured, make_plan, project, remove_unused
+from tests.sparsity.trees import IMAGES, net
 
 _CONV = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
@@ -435,6 +436,40 @@ def test_kinds_of_trees_and_types():
   np.testing.assert_allclose(jax.jit(small.apply)(small.variables, x), want, rtol=1e-5)
   grads = jax.grad(lambda v: small.apply(v, x).sum())(small.variables)
   assert shapes(grads) == shapes(small.variables)
+
+
+@pytest.mark.parametrize('kind', ['nnx', 'equinox', 'haiku'])
+def test_trees_of_other_libraries(kind):
+  params, apply, layout, conv, dense, weights = net(kind)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')
+  filters, reads = (0, 1) if kind == 'equinox' else (-1, 0)
+
+  def cut(path, leaf):
+    if name(path) == conv:  # filters 1 and 5 are empty
+      gone = np.array([1, 5])
+      return jnp.asarray(leaf).at[gone if filters == 0 else (..., gone)].set(0)
+    if name(path) == dense:  # nothing reads channel 6
+      return jnp.asarray(leaf).at[6 if reads == 0 else (slice(None), 6)].set(0)
+    return leaf
+
+  params = jax.tree_util.tree_map_with_path(cut, params)
+  small = remove_unused(apply, params, jax.ShapeDtypeStruct(IMAGES, jnp.float32))
+  assert type(small.variables) is type(params)
+  assert jax.tree.structure(small.variables) == jax.tree.structure(params)
+  before, after = (
+    {name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (params, small.variables)
+  )
+  for path, shape in before.items():
+    assert after[path] == tuple(5 if n == 8 else n for n in shape), path
+  x = normal(3, *IMAGES[1:], seed=9)
+  want, got = jax.jit(lambda x: (apply(params, x), small.apply(small.variables, x)))(x)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+  # Masks are cut to the same channels.
+  plan = make_plan(params, [(weights, Unstructured(keep=0.5))], layout=layout)
+  masks = small.report.slice(project(plan, params)[1])
+  found = {name(path): m.shape for path, m in jax.tree_util.tree_leaves_with_path(masks)}
+  assert found == {conv: after[conv], dense: after[dense]}
 
 
 def test_numbers_are_needed():

@@ -21,7 +21,6 @@ from fqjax.sparsity import (
   Pooled,
   Structure,
   Unstructured,
-  bits,
   check_masks,
   describe,
   make_plan,
@@ -359,7 +358,7 @@ def test_gates_are_ranked_apart(layout):
   np.testing.assert_array_equal(mask, want)
   assert plan.entries[0].kept == 24
   # Together the last gate takes all.
-  together = Unstructured(keep=1 / 3).project(w, layout)[1]
+  together = jax.jit(lambda w: Unstructured(keep=1 / 3).project(w, layout)[1])(w)
   assert not np.split(np.asarray(together), 4, axis=1 if layout == 'IO' else 0)[0].any()
 
 
@@ -369,37 +368,13 @@ def test_gates_may_differ_and_take_saliency_and_frozen():
   assert gates.kept((4, 8), 'IO') == 10
   saliency = jnp.arange(32.0).reshape(4, 8)
   frozen = jnp.zeros((4, 8), bool).at[:, 6:].set(True)
-  z, mask = gates.project(w, 'IO', saliency=saliency, frozen=frozen)
+  run = jax.jit(lambda w, s, f: gates.project(w, 'IO', saliency=s, frozen=f))
+  z, mask = run(w, saliency, frozen)
   assert mask.reshape(4, 4, 2).sum((0, 2)).tolist() == [1, 2, 3, 0]
   assert bool(mask[3, 1]) and float(z[3, 1]) == 1
-  np.testing.assert_array_equal(
-    jax.jit(lambda w: gates.project(w, 'IO')[1])(w), gates.project(w, 'IO')[1]
-  )
 
 
 # Projection.
-
-
-@pytest.mark.parametrize('scope', ['layer', 'global'])
-def test_bits_are_those_of_the_codecs(scope):
-  w = jax.random.normal(jax.random.key(4), (3, 3, 8, 16))
-  params = {
-    'a': w,
-    'b': 3 * w.astype(jnp.bfloat16),
-    'bias': jnp.ones(16),
-    'step': jnp.zeros((), int),
-  }
-  structure = Unstructured(keep=0.25) if scope == 'layer' else Pooled(keep=0.25)
-  plan = make_plan(params, [('a|b', structure)])
-  cost, masks = bits(plan, params), project(plan, params)[1]
-  assert set(cost) == {'a', 'b', 'bias'}
-  assert cost['bias'].values == 16 * 32 and cost['bias'].index == 0
-  for path, width in (('a', 32), ('b', 16)):
-    assert cost[path].values >= int(masks[path].sum()) * width  # fillers of relative indices
-    assert 0 < cost[path].index <= w.size
-    assert cost[path].total < w.size * width
-  if scope == 'global':
-    assert cost['b'].values > 2 * cost['a'].values  # three times as large: more of it lives
 
 
 def test_saliency_ranks_and_frozen_weights_stay_away():
@@ -477,6 +452,8 @@ _PARAMS = {
     ([('.*kernel', 0.5)], {}, r"gives 'Conv_0/kernel' 0.5; give a structure"),
     ([('.*kernel', Unstructured)], {}, 'keep=|give a structure|exactly one|returned'),
     ([('.*kernel', lambda w, layout: 3)], {}, r"returned 3 for 'Conv_0/kernel', not a structure"),
+    ([('.*kernel', lambda w, layout: Unstructured(keep=20.0))], {},
+     r"'Conv_0/kernel' \[3, 3, 4, 8\] \(rule 1 .*keep=20.0 must be in \(0, 1\]; .*keep=1/r"),
     ([('Conv.*', _HALF)], {'layout': {2: 'IO'}},
      r"'Conv_0/kernel' \[3, 3, 4, 8\] .*rank 4, for which no layout is named"),
     ([('.*', _HALF)], {'layout': {4: 'HWI'}}, r"layout=\{4: 'HWI'\}"),

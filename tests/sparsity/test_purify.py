@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.sparsity._purify import purify
+from fqjax.sparsity import purify, remove_unused
 
 
 def _by_hand(w, mask, sides, empty=8 / 9, weak=0.05):
@@ -45,6 +45,35 @@ def test_channels_that_are_almost_empty_and_weak_go(sides):
     axis, channels = gone[side]
     alive = np.asarray(got).any(tuple({0, 1, 2, 3} - {axis}))
     np.testing.assert_array_equal(np.flatnonzero(~alive), channels)
+
+
+def test_what_is_purified_leaves_the_network():
+  """Almost empty channels go from the masks, and with them the filters that made them."""
+  rng = np.random.default_rng(0)
+  params = {name: rng.normal(size=(3, 3, 6, 6)).astype(np.float32) for name in 'abc'}
+  masks = {name: np.ones((3, 3, 6, 6), bool) for name in 'abc'}
+  masks['b'][:, :, 2] = masks['c'][..., 4] = (
+    False  # all but one tap of channel 2 of b, filter 4 of c
+  )
+  masks['b'][1, 1, 2] = True
+  params['b'][1, 1, 2] *= 0.01
+  params = {name: np.where(masks[name], w, 0) for name, w in params.items()}
+
+  def apply(p, x):
+    for name in 'abc':
+      x = jax.lax.conv_general_dilated(
+        x, p[name], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+      )
+    return x
+
+  x = jnp.ones((1, 8, 8, 6))
+  assert remove_unused(apply, params, x).report.sizes == (3 * 324, 3 * 324)
+  cleaner = purify(params, masks)
+  small = remove_unused(apply, jax.tree.map(lambda w, m: np.where(m, w, 0), params, cleaner), x)
+  assert [w.shape for w in small.variables.values()] == [(3, 3, 6, 5), (3, 3, 5, 6), (3, 3, 6, 6)]
+  assert {k: m.shape for k, m in small.report.slice(cleaner).items()} == {
+    k: w.shape for k, w in small.variables.items()
+  }
 
 
 def test_thresholds_and_layouts():

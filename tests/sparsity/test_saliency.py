@@ -70,12 +70,18 @@ def test_every_kind_of_tree(kind):
   params, apply, layout, conv, dense, weights = net(kind)
   arrays, rest = eqx.partition(params, eqx.is_inexact_array)
   loss = lambda a, x: jnp.mean(apply(eqx.combine(a, rest), x) ** 2)
-  images = jax.random.normal(jax.random.key(3), (2, *IMAGES))
+  images = np.random.default_rng(3).standard_normal((2, *IMAGES)).astype(np.float32)
   grad = jax.jit(jax.grad(loss))
   f = fisher(lambda p, x: grad(eqx.filter(p, eqx.is_inexact_array), x), params, images)
   grads = grad(arrays, images[0])
   plan = make_plan(params, [(weights, Unstructured(keep=0.3))], layout=layout)
-  for saliency in (magnitude(params), taylor(params, grads), loss_change(params, f)):
+
+  @jax.jit  # one program instead of one for every leaf and operation
+  def saliencies(arrays, grads, f):
+    params = eqx.combine(arrays, rest)
+    return magnitude(params), taylor(params, grads), loss_change(params, f)
+
+  for saliency in saliencies(arrays, grads, f):
     masks = project(plan, params, saliency=saliency)[1]
     assert type(masks) is type(params)
     found = {k: v for k, v in _flat(saliency).items() if k in (conv, dense)}

@@ -9,6 +9,9 @@ from flax import nnx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fqjax.tracing import leaf_name
 
 IMAGES = (2, 6, 6, 3)
 
@@ -61,25 +64,41 @@ def _haiku(x):
   return hk.Linear(5, name='fc')(x.mean((1, 2)))
 
 
+def _filled(shapes):
+  """Numbers for a tree of shapes. Compiling an initialiser takes longer than most tests."""
+  rng = np.random.default_rng(0)
+
+  def one(path, leaf):
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+      return leaf
+    name = leaf_name(path).rpartition('/')[2]
+    if name in ('kernel', 'weight', 'w'):
+      return jnp.asarray(rng.normal(size=leaf.shape) / 4, leaf.dtype)
+    return jnp.asarray(np.full(leaf.shape, name in ('scale', 'var')), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, shapes)
+
+
 @functools.cache
 def net(kind: str) -> Net:
   key, x = jax.random.key(0), jnp.ones(IMAGES)
   if kind == 'linen':
     model = _Linen()
     apply = lambda p, x: model.apply({'params': p}, x)
-    return Net(
-      jax.jit(model.init)(key, x)['params'], apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel'
-    )
+    params = _filled(jax.eval_shape(model.init, key, x)['params'])
+    return Net(params, apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel')
   if kind == 'nnx':
-    graph, state = nnx.split(_Nnx(nnx.Rngs(0)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
     apply = lambda s, x: nnx.merge(graph, s)(x)
-    return Net(state, apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel')
+    return Net(_filled(state), apply, None, 'conv/kernel', 'fc/kernel', '.*/kernel')
   if kind == 'equinox':
     layout = {4: 'OIHW', 2: 'OI'}
     apply = lambda m, x: jax.vmap(m)(x.transpose(0, 3, 1, 2))
-    return Net(_Equinox(key), apply, layout, 'conv/weight', 'fc/weight', '.*/weight')
+    params = _filled(eqx.filter_eval_shape(_Equinox, key))
+    return Net(params, apply, layout, 'conv/weight', 'fc/weight', '.*/weight')
   model = hk.without_apply_rng(hk.transform(_haiku))
-  return Net(jax.jit(model.init)(key, x), model.apply, None, 'conv/w', 'fc/w', '.*/w')
+  params = _filled(jax.eval_shape(model.init, key, x))
+  return Net(params, model.apply, None, 'conv/w', 'fc/w', '.*/w')
 
 
 KINDS = ('linen', 'nnx', 'equinox', 'haiku')

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 
+import matplotlib.figure
 import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
 
 from fqjax.data import Corrupt
-from fqjax.train import _svg, plots, report
+from fqjax.train import _svg, _tables, plots, report
 
 HOSTILE = '<script>alert(1)</script>"\'&'
 VOID = {'meta', 'img', 'br', 'link', 'hr', 'input'}
@@ -64,6 +65,14 @@ def history(n=40):
   return rows
 
 
+def picture(width=3.0):
+  figure = matplotlib.figure.Figure(figsize=(width, 2.0))
+  axes = figure.subplots()
+  axes.bar([0, 1, 2], [3, 1, 2])
+  axes.set(title='bars', xlabel='layer', ylabel='weights\nthat live')
+  return figure
+
+
 def everything(name=''):
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (16, 16, 3), np.uint8)
@@ -79,6 +88,10 @@ def everything(name=''):
     tables=[
       report.Table('First' + name, ('what', 'top-1'), [('RGB' + name, (81.234, 0.42))], name),
       ('Second', ('what', 'MACs' + name), [('DCT', 1_000_000), ('none', None)], ''),
+    ],
+    figures=[
+      report.Picture('Kept' + name, picture(), 'As planned' + name),
+      ('Rates', plots.accuracy_against_bytes([plots.Point('RGB', 3072, 70.0)])),
     ],
     summary={'Accuracy' + name: (81.234, 0.42), 'Input': '768 bytes' + name},
     hardware='one core' + name,
@@ -160,6 +173,7 @@ def test_all_parts_are_there_and_optional_ones_are_not(tmp_path):
   full = Page(write(tmp_path, **everything()))
   wanted = [
     'Result',
+    'Pictures',
     'Curves',
     'Chosen channels',
     'Comparisons',
@@ -346,6 +360,32 @@ def test_photographs_keep_their_pixels_and_say_right_or_wrong(tmp_path):
   ]
 
 
+def test_pictures_stand_after_the_first_table_and_stay_as_drawn(tmp_path):
+  text = write(tmp_path, **everything())
+  keys = [a['id'] for a in Page(text).all('section')]
+  assert keys[:3] == ['summary', 'pictures', 'curves']
+  section = text.split('<section id="pictures"')[1].split('</section>')[0]
+  page = Page(section.split('>', 1)[1])
+  first, second = page.all('img')
+  assert first['alt'] == 'Kept. bars, vertical: weights that live, horizontal: layer'
+  assert second['alt'] == 'Rates. vertical: top-1, %, horizontal: input bytes per image'
+  assert 'Kept As planned Rates' in page.text and 'top-1' not in page.text
+  # As large as drawn, at half as many pixels again, and never smaller than is readable.
+  assert (first['width'], first['height']) == ('288', '192')
+  assert first['style'] == '--least:216px'
+  shown = PIL.Image.open(io.BytesIO(base64.b64decode(first['src'].split(',')[1])))
+  figure, buffer = picture(), io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=144)
+  np.testing.assert_array_equal(np.asarray(shown), np.asarray(PIL.Image.open(buffer)))
+  for box in page.all('div', **{'class': 'scroll'}):
+    assert box['tabindex'] == '0' and box['aria-label'] in ('Kept', 'Rates')
+
+
+def test_what_is_no_figure_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="picture 'x' holds Axes, not a Matplotlib figure"):
+    write(tmp_path, figures=[('x', picture().axes[0])])
+
+
 def test_sample_images_of_another_kind_are_refused(tmp_path):
   with pytest.raises(ValueError, match='uint8 \\[h, w, 3\\], got float32 \\[8, 8, 3\\]'):
     write(tmp_path, samples=[(np.zeros((8, 8, 3), np.float32), 0, 0)])
@@ -360,12 +400,12 @@ def test_sample_images_of_another_kind_are_refused(tmp_path):
   ],
 )  # fmt: skip
 def test_cells(value, text):
-  assert report._text(value) == text
+  assert _tables.cell_text(value) == text
 
 
 def test_columns_of_fractions_line_up():
-  assert report._column_texts([55.2, 51, 60.125, None]) == ['55.20', '51.00', '60.12', '']
-  assert report._column_texts([1, 2500, 'x']) == ['1', '2,500', 'x']
+  assert _tables.column_texts([55.2, 51, 60.125, None]) == ['55.20', '51.00', '60.12', '']
+  assert _tables.column_texts([1, 2500, 'x']) == ['1', '2,500', 'x']
 
 
 def test_table_with_a_short_row_is_refused(tmp_path):

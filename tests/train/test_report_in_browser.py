@@ -12,7 +12,7 @@ import pytest
 
 from fqjax.data import Corrupt
 from fqjax.train import report
-from tests.train.test_report import everything
+from tests.train.test_report import everything, picture
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome')
 
@@ -30,6 +30,8 @@ frame.addEventListener('load', () => {{
   document.getElementById('found').textContent = JSON.stringify({{
     width: root.clientWidth, content: root.scrollWidth, height: root.scrollHeight,
     beyond: beyond.map((e) => e.tagName + '.' + e.getAttribute('class')),
+    pictures: [...root.querySelectorAll('.picture img')].map(
+      (e) => [e.getBoundingClientRect().width, e.closest('.scroll').clientWidth]),
     columns: getComputedStyle(root.querySelector('.samples')).gridTemplateColumns.split(' ').length,
   }});
 }});
@@ -65,6 +67,7 @@ def long_report(folder, **changes):
     'title': 'tiny_imagenet10: cifar_resnet20 on DCT coefficients and on pixels',
     'command': 'python -m experiments.x --config=configs/x.py:demo,settings=rgb+dct+dct_gate --workdir=DIR',
     'history': {name: everything()['history'] for name in ('rgb', 'dct', 'gate_then_static')},
+    'figures': [('Narrow', picture(3.0), 'a ' * 200), ('Wide', picture(9.0))],
     'corrupt': {'training': Corrupt(7, {f'/data/{"sub" * 30}/{i}.jpg': 'cut' for i in range(7)})},
   }
   return report.write_report(folder / 'report.html', **(arguments | changes)).read_text()
@@ -94,6 +97,10 @@ def test_page_fits_its_window_and_is_drawn(browser, tmp_path, width, columns):
   assert found['beyond'] == [], 'cut off at the right'
   assert found['height'] > 2000
   assert found['columns'] == columns  # of photographs
+  # A narrow picture is shown as drawn; a wide one shrinks by a quarter at most, then scrolls.
+  (narrow, around_narrow), (wide, around_wide) = found['pictures']
+  assert narrow == pytest.approx(288, abs=1) and around_narrow == pytest.approx(288, abs=1)
+  assert wide == pytest.approx(864 if width > 900 else 648, abs=1) and around_wide <= width
   # Drawn from top to bottom: no band of the window is empty, and colours other than text are there.
   browser(f'--screenshot={tmp_path}/page.png', *where)
   picture = np.asarray(PIL.Image.open(tmp_path / 'page.png').convert('RGB'))[:, :width]

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import sys
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from fqjax.sparsity._layout import from_kernels, from_rows, kernel_shape, to_ker
 from fqjax.sparsity._select import wide
 
 # View -> (leaf to view, view to leaf).
-_VIEWS = {
+VIEWS = {
   'rows': (to_rows, from_rows),  # [O, M*I]
   'columns': (  # [M*I, O]
     lambda w, layout: to_rows(w, layout).T,
@@ -28,6 +29,16 @@ _VIEWS = {
     lambda a, layout, shape: from_kernels(a.reshape(kernel_shape(shape, layout)), layout, shape),
   ),
 }
+
+
+def codec_of(encoded: Any) -> ModuleType:
+  """The format of `fqjax.runtime.codecs` that a stored array is of."""
+  return sys.modules[type(encoded).__module__]
+
+
+def raw_bits(w: np.ndarray) -> np.ndarray:
+  """A leaf as the formats take it: bfloat16 as the uint16 of its bits."""
+  return w.view(np.uint16) if w.dtype == jnp.bfloat16 else w
 
 
 def scores_of(
@@ -67,10 +78,22 @@ class Structure(abc.ABC):
   Frozen and hashable, so that a structure is a static argument of jit. A subclass defines `kept`
   and `_select`, extends `check`, says in `_power` whether it ranks single weights or energies, and
   has its own `_store` where a format of the runtime knows the structure.
+
+  Example:
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Corner(Structure):
+    ...   def kept(self, shape, layout):
+    ...     return 1
+    ...
+    ...   def _select(self, scores):  # [O, I, M]
+    ...     return jnp.zeros(scores.shape, bool).at[0, 0, 0].set(True)
+    >>> print(Corner().project(jnp.ones((2, 2)), 'IO')[0])
+    [[1. 0.]
+     [0. 0.]]
   """
 
   _power: ClassVar[int] = 2
-  _view: ClassVar[str] = 'rows'  # in which `_store` sees the leaf, a key of _VIEWS
+  _view: ClassVar[str] = 'rows'  # in which `_store` sees the leaf, a key of VIEWS
 
   def check(self, shape: tuple[int, ...], layout: str) -> None:
     """Raises ValueError, naming value and remedy, when the structure does not fit the leaf.
@@ -181,10 +204,10 @@ class Structure(abc.ABC):
       >>> print(structure.decode(encoded, 'IO', (2, 1)).ravel())
       [3. 0.]
     """
-    array = sys.modules[type(encoded).__module__].decode(encoded)
+    array = codec_of(encoded).decode(encoded)
     if array.size != math.prod(shape):
       raise ValueError(f'{array.size} weights are stored, a leaf {list(shape)} has others.')
-    back = _VIEWS[self._view][1]
+    back = VIEWS[self._view][1]
     return back(array if dtype is None else array.view(dtype), layout, shape)
 
   def bits(self, w, layout: str, value_bits: int | None = None) -> codecs.Bits:
@@ -206,18 +229,21 @@ class Structure(abc.ABC):
       (64, 2)
     """
     encoded, _ = self._encode(w, layout)
-    return sys.modules[type(encoded).__module__].bits(encoded, value_bits)
+    return codec_of(encoded).bits(encoded, value_bits)
 
   def _encode(self, w, layout: str) -> tuple[Any, int]:
     """Stored form of the projection, and how many weights that left away."""
     w = np.asarray(w)
-    mask = np.asarray(_mask_of(self, w, layout))
+    mask = self._stored_mask(w, layout)
     outside = int(np.count_nonzero((w != 0) & ~mask))
-    w = np.where(mask, w, np.zeros_like(w))
-    if w.dtype == jnp.bfloat16:
-      w = w.view(np.uint16)
-    view = _VIEWS[self._view][0]
-    return self._store(view(w, layout), view(mask, layout)), outside
+    view = VIEWS[self._view][0]
+    array = view(raw_bits(np.where(mask, w, np.zeros_like(w))), layout)
+    return self._store(array, view(mask, layout)), outside
+
+  def _stored_mask(self, w: np.ndarray, layout: str) -> np.ndarray:
+    """Which weights of a projected leaf are stored."""
+    # Widened as `project` would: one program for all dtypes.
+    return np.asarray(_mask_of(self, w.astype(wide(w.dtype)), layout))
 
   def _store(self, array: np.ndarray, mask: np.ndarray) -> Any:
     """Stored form of the leaf's view; by default the smallest of those that hold any mask."""

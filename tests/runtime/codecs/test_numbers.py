@@ -166,6 +166,13 @@ def test_darb_of_any_block_size(columns):
     encoded = darb.encode(z, e)
     assert encoded.values.size == 3 * -(-columns // 2**e) == np.count_nonzero(z)
     assert cases.same_bits(darb.decode(darb.from_bytes(darb.to_bytes(encoded))), z)
+    # A product needs no more than the places: column = block << e | place.
+    x = np.linspace(-1, 1, columns).astype(np.float32)
+    row, column = darb.columns_of(encoded)
+    y = np.zeros(3, np.float32)
+    np.add.at(y, row, encoded.values * x[column])
+    exact = z.astype(np.float64) @ x
+    assert np.abs(y - exact).max() <= 1e-5 * np.abs(z.astype(np.float64)).dot(np.abs(x)).max()
     # What is found without being told is at least as large, up to one block for the whole row.
     assert (2 ** darb.largest_exponents(z != 0) >= min(2**e, columns)).all()
 

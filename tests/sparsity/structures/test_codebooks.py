@@ -164,7 +164,8 @@ def test_designed_sets_keep_the_energy_they_should(iid):
 def test_libraries_of_centred_patterns(iid):
   w, centre = jnp.asarray(iid), pattern_set('centre56')
   counts, _ = pattern_usage(w, 'OIM', centre)
-  for v, greedy, votes in ((4, 0.678, 0.642), (6, 0.716, 0.697), (8, 0.740, 0.721)):
+  table = ((4, 0.678, 0.642), (6, 0.716, 0.697), (8, 0.740, 0.721), (12, 0.766, 0.741))
+  for v, greedy, votes in table:
     assert _kept(iid[0], greedy_codebook(w, 'OIM', centre, v)) == pytest.approx(greedy, abs=0.005)
     assert _kept(iid[0], shrink_library(centre, counts, v)) == pytest.approx(votes, abs=0.015)
 
@@ -174,6 +175,11 @@ def test_best_of_n_of_any_size():
   large = rng.standard_normal((20000, 9))
   for n, energy in enumerate((0.4043, 0.6291, 0.7724, 0.8663, 0.9273), 1):
     assert _kept(large, all_patterns(n)) == pytest.approx(energy, abs=3e-3)
+  # Of 5x5 kernels, where every kernel brings its own best pattern.
+  wide = rng.standard_normal((1, 2000, 25)).astype(np.float32)
+  for n, energy in ((4, 0.554), (11, 0.885)):
+    own = top_patterns(jnp.asarray(wide), 'OIM', n)
+    assert _kept(wide[0], own, 25) == pytest.approx(energy, abs=5e-3)
 
 
 def _smooth(rng):

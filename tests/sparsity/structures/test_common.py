@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
@@ -169,6 +170,17 @@ def _format(structure, w, layout):
 
 
 @each
+@pytest.mark.full
+def test_eight_devices_and_one_agree(structure):
+  w = jnp.round(_weights(*SHAPE) * 4) / 4  # many ties
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  there = jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, None, None, 'x')))
+  assert len(there.sharding.device_set) == 8
+  for a, b in zip(_project(structure, there, 'HWIO'), _project(structure, w, 'HWIO'), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@each
 def test_memory_stays_near_the_weights(structure):
   shape = (3, 3, 64, 256)
   if isinstance(structure, sp.Darb | sp.Bank):
@@ -177,6 +189,29 @@ def test_memory_stays_near_the_weights(structure):
   compiled = _project.lower(structure, jax.ShapeDtypeStruct(shape, jnp.float32), 'HWIO').compile()
   # Scores, their transpose, keys, masks: some copies, never one per pattern or exponent.
   assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize(
+  ('structure', 'nearest', 'up'),
+  [
+    (sp.Unstructured(keep=0.07), 2, 3),  # 2.24 of 32
+    (sp.Pooled(keep=0.07), 2, 3),
+    (sp.Filters(keep=0.3), 2 * 4, 3 * 4),  # 2.4 of 8
+    (sp.Channels(keep=0.3), 1 * 8, 2 * 8),  # 1.2 of 4
+    (sp.Columns(keep=0.3), 1 * 8, 2 * 8),
+    (sp.Blocks(2, 2, keep=0.3), 2 * 4, 3 * 4),  # 2.4 of 8
+    (sp.BlockPunched(2, 2, keep=0.3), 2 * 4, 3 * 4),
+    (sp.Patterns((1,), size=1, keep=0.07), 2, 3),
+  ],
+  ids=lambda x: type(x).__name__,
+)
+def test_counts_are_rounded_as_said(structure, nearest, up):
+  w = _weights(4, 8)
+  for rounding, count in (('nearest', nearest), ('up', up)):
+    rounded = dataclasses.replace(structure, rounding=rounding)
+    assert rounded.kept((4, 8), 'IO') == count == int(_project(rounded, w, 'IO')[1].sum())
+  with pytest.raises(ValueError, match="rounding='down' must be 'nearest' or 'up'"):
+    dataclasses.replace(structure, rounding='down')
 
 
 @pytest.mark.parametrize(

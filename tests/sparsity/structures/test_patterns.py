@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.sparsity import Patterns, all_patterns, pattern_set, to_kernels
+from fqjax import rules
+from fqjax.sparsity import (
+  Patterns,
+  all_patterns,
+  make_plan,
+  pattern_set,
+  pcnn_codebook,
+  to_kernels,
+)
 from fqjax.sparsity.structures.patterns import best_patterns, pattern_taps
 from tests.sparsity.structures import oracle
 
@@ -119,6 +127,32 @@ def test_a_large_codebook_in_chunks_is_one_matmul(v):
   energy = (w**2) @ table.T.astype(np.float32)
   np.testing.assert_array_equal(codes, energy.argmax(-1))
   np.testing.assert_array_equal(best, energy.max(-1))
+
+
+def test_after_the_cut_every_kernel_is_on_its_table():
+  params = {'a': jnp.asarray(_normal(3, 3, 5, 8)), 'b': jnp.asarray(_normal(3, 3, 8, 6, seed=1))}
+  taps = {'a': 4, 'b': 2}
+  plan = make_plan(
+    params,
+    [(k, lambda w, layout, n=n: Patterns(pcnn_codebook(w, layout, n, 8))) for k, n in taps.items()],
+  )
+  pruned, masks = rules.finalize(plan, params)
+  for entry in plan.pruned:
+    n, z = taps[entry.path], to_kernels(np.asarray(pruned[entry.path]), 'HWIO')
+    mask = to_kernels(np.asarray(masks[entry.path]), 'HWIO')
+    assert ((z != 0).sum(-1) <= n).all() and (mask.sum(-1) == n).all()
+    assert set(_bits(mask).ravel().tolist()) <= set(entry.structure.masks)
+    encoded = entry.structure.encode(np.asarray(pruned[entry.path]), 'HWIO')
+    assert encoded.values.size == z.shape[0] * z.shape[1] * n
+
+
+def test_arithmetic_of_the_published_accelerator():
+  # 64 elements of 4 multipliers at 300 MHz and 48.7 mW; one of nine taps is nine times less work.
+  operations, watts, shape = 2 * 64 * 4 * 300e6, 48.7e-3, (3, 3, 64, 64)
+  speedup = np.prod(shape) / Patterns(all_patterns(1)).kept(shape, 'HWIO')
+  assert operations == 153.6e9 and speedup == 9
+  assert operations / watts == pytest.approx(3.154e12, rel=1e-4)
+  assert speedup * operations / watts == pytest.approx(28.39e12, rel=2e-4)
 
 
 def test_keeping_every_tap_changes_nothing():

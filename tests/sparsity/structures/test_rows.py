@@ -17,6 +17,7 @@ from fqjax.sparsity import (
   darb,
   row_density,
   to_rows,
+  top_k_mask,
 )
 from tests.sparsity.structures import oracle
 
@@ -117,9 +118,19 @@ def test_energy_of_block_max_in_closed_form():
     # A million weights: the spread of their kept energy is below 0.001.
     assert _energy(BlockMax(size), normal) == pytest.approx(expected, abs=0.002)
     assert _energy(BlockMax(size), laplace) == pytest.approx(_laplace_energy(size), abs=0.003)
-  irregular = {2: 0.9287, 8: 0.5023, 32: 0.2002}
+  irregular = {
+    2: (0.9287, 0.9667), 4: (0.7236, 0.8368), 8: (0.5023, 0.6552), 16: (0.3247, 0.4760),
+    32: (0.2002, 0.3272),
+  }  # fmt: skip
+
+  @jax.jit
+  def kept(w, k):
+    live = top_k_mask(jnp.abs(w), k)
+    return jnp.sum(jnp.where(live, jnp.square(w), 0)) / jnp.sum(jnp.square(w))
+
   for size, expected in irregular.items():
-    assert _energy(Unstructured(keep=1 / size), normal) == pytest.approx(expected, abs=0.002)
+    for w, energy in zip((normal, laplace), expected, strict=True):
+      assert float(kept(w, w.size // size)) == pytest.approx(energy, abs=0.003)
 
 
 @pytest.fixture(scope='module')
@@ -131,29 +142,33 @@ def uneven():
 
 
 # ratio: kept energy without structure, of the menus 1..128 and 2..128; of banks of 16 with an
-# adaptive count in the same bits, values of 8 and of 16 bits.
+# adaptive count in the same bits, values of 8 and of 16 bits; index bits per weight of the first menu.
 ADAPTIVE = {
-  8: (0.7625, 0.6710, 0.6572, 0.694, 0.715),
-  13: (0.6572, 0.5615, 0.5615, 0.597, 0.612),
-  16: (0.6120, 0.5207, 0.5207, 0.556, 0.570),
-  25: (0.5179, 0.4308, 0.4308, 0.474, 0.483),
+  8: (0.7625, 0.6710, 0.6572, 0.694, 0.715, 1.88),
+  13: (0.6572, 0.5615, 0.5615, 0.597, 0.612, 2.35),
+  16: (0.6120, 0.5207, 0.5207, 0.556, 0.570, 2.57),
+  25: (0.5179, 0.4308, 0.4308, 0.474, 0.483, 3.20),
 }
 
 
 @pytest.mark.parametrize('ratio', ADAPTIVE)
 def test_adaptive_rows_keep_the_energy_they_should(uneven, ratio):
-  irregular, wide, narrow, bank8, bank16 = ADAPTIVE[ratio]
+  irregular, wide, narrow, bank8, bank16, index_bits = ADAPTIVE[ratio]
   assert _energy(Unstructured(keep=1 / ratio), uneven) == pytest.approx(irregular, abs=1e-4)
   structure = darb(uneven, 'OI', ratio)
   assert uneven.size / structure.kept(uneven.shape, 'OI') == pytest.approx(ratio, rel=0.006)
   # Rows that tie at the last step are split, which the reference values do not do.
   assert _energy(structure, uneven) == pytest.approx(wide, abs=5e-4)
+  other = darb(uneven, 'OI', ratio, menu=(1, 2, 3, 4, 5, 6, 7))
+  assert min(other.exponents) >= 1
   if ratio == 8:
-    other = darb(uneven, 'OI', ratio, menu=(1, 2, 3, 4, 5, 6, 7))
     assert _energy(other, uneven) == pytest.approx(narrow, abs=5e-4)
-    assert min(other.exponents) >= 1
+  else:
+    assert other == structure and narrow == wide
   density = row_density(uneven, 'OI', ratio)
-  index = sum(-(-1024 // 2**e) * e for e in structure.exponents) + 3 * 512
+  places = sum(-(-1024 // 2**e) * e for e in structure.exponents)
+  assert places / structure.kept(uneven.shape, 'OI') == pytest.approx(index_bits, abs=0.01)
+  index = places + 3 * 512
   for value_bits, expected in ((8, bank8), (16, bank16)):
     bits = structure.kept(uneven.shape, 'OI') * value_bits + index
     kept = (bits - 5 * 512) / (value_bits + 4)  # a count of 0..16 a row, 4 bits an index
@@ -165,7 +180,8 @@ def test_adaptive_rows_keep_the_energy_they_should(uneven, ratio):
 def test_banks_at_the_same_number_of_weights(uneven):
   assert _energy(Bank(16, (1,) * 512), uneven) == pytest.approx(0.2845, abs=1e-4)
   assert _energy(Bank(64, (4,) * 512), uneven) == pytest.approx(0.3145, abs=1e-4)
-  assert _energy(BlockMax(32), uneven) == pytest.approx(0.1786, abs=1e-4)
+  for size, energy in ((8, 0.4318), (16, 0.2845), (32, 0.1786)):
+    assert _energy(BlockMax(size), uneven) == pytest.approx(energy, abs=1e-4)
   structure = bank(uneven, 'OI', 16, size=64)
   assert _energy(structure, uneven) == pytest.approx(0.6054, abs=5e-4)
   assert uneven.size / structure.kept(uneven.shape, 'OI') == pytest.approx(16, rel=0.01)

@@ -1,0 +1,163 @@
+"""Phases, ladders and sizes that the experiments on pruning share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import compression as cp
+from experiments import outcome
+from fqjax import data as fd
+from fqjax import models, rules, sparsity, train
+from tests.experiments import tiny_task
+
+RECIPE = cp.recipe(optimizer='adam', lr=0.05, epochs=3.0)
+ADMM = cp.admm_recipe(optimizer='adam', lr=0.01, epochs=3.0, rho=(1e-2, 1e-1), refreshes=2)
+
+
+def plan(keep, params):
+  return sparsity.make_plan(params, [('.*/kernel', sparsity.Unstructured(keep=keep))])
+
+
+@pytest.fixture
+def run(tmp_path):
+  return cp.Run(tiny_task.task(), tmp_path / 'seed0', 0, train.make_mesh(1))
+
+
+@pytest.mark.promotes('optax')
+def test_a_climb_prunes_nested_and_is_read_back(run, capsys):
+  dense = cp.phase(run, 'dense', run.task.init(jax.random.key(0)), RECIPE)
+  plans = [plan(0.5, dense.params), plan(0.2, dense.params)]
+  rungs = list(cp.climb(run, dense, plans, ADMM, RECIPE))
+  assert len(rungs) == 2
+  for rung, keep in zip(rungs, (0.5, 0.2), strict=True):
+    for layer in ('fc1', 'fc2'):
+      kernel, mask = rung.variables.params[layer]['kernel'], rung.masks[layer]['kernel']
+      assert int(mask.sum()) == round(keep * mask.size)
+      np.testing.assert_array_equal(np.asarray(kernel)[~np.asarray(mask)], 0)
+    assert set(rung.scores) == set(rung.cut) == {'test', 'held_out'}
+  mild, sparse = (np.asarray(r.masks['fc1']['kernel']) for r in rungs)
+  assert not np.any(sparse & ~mild)
+  assert np.mean(rungs[0].scores['test']) > 0.85
+  # The gap to the target is in the log, and shrinks.
+  rows = train.read_json_lines(run.folder / '00-admm' / 'metrics.jsonl')
+  gaps = [row['admm/gap'] for row in rows if 'admm/gap' in row]
+  assert len(gaps) > 2 and gaps[-1] < gaps[0]
+  # A second call trains nothing and returns the same.
+  capsys.readouterr()
+  again = list(cp.climb(run, dense, plans, ADMM, RECIPE))
+  assert 'steps' not in capsys.readouterr().out
+  for a, b in zip(rungs, again, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, a.variables.params, b.variables.params)
+    np.testing.assert_array_equal(a.scores['test'], b.scores['test'])
+
+
+@pytest.mark.promotes('optax')
+def test_no_epochs_cut_at_once(run):
+  dense = run.task.init(jax.random.key(1))
+  one_shot = cp.recipe(epochs=0.0)
+  (rung,) = cp.climb(run, dense, [plan(0.25, dense.params)], cp.admm_recipe(epochs=0.0), one_shot)
+  want, _ = rules.finalize(plan(0.25, dense.params), dense.params)
+  jax.tree.map(np.testing.assert_array_equal, rung.variables.params, want)
+  np.testing.assert_array_equal(rung.scores['test'], rung.cut['test'])
+
+
+def test_variables_of_another_network_are_refused(tmp_path):
+  path = tmp_path / 'variables.npz'
+  cp.save_variables(path, cp.Variables({'fc': {'kernel': np.ones((2, 3))}}, {}))
+  same = cp.load_variables(path, cp.Variables({'fc': {'kernel': jnp.zeros((2, 3))}}, {}))
+  np.testing.assert_array_equal(same.params['fc']['kernel'], np.ones((2, 3)))
+  with pytest.raises(ValueError, match='of another network'):
+    cp.load_variables(path, cp.Variables({'fc': {'kernel': jnp.zeros((3, 3))}}, {}))
+
+
+def test_sizes_count_everything_that_is_stored():
+  params = {'fc': {'kernel': jnp.arange(1.0, 65).reshape(8, 8), 'bias': jnp.ones(8)}}
+  half = sparsity.make_plan(params, [('.*/kernel', sparsity.NM(2, 4))])
+  pruned, _ = rules.finalize(half, params)
+  state = {'batch_stats': {'mean': np.zeros(8, np.float32)}}
+  sizes = cp.measure(half, cp.Variables(pruned, state))
+  found = sparsity.sizes(half, pruned)
+  assert (sizes.weights, sizes.kept, sizes.compression) == (64, 32, 2.0)
+  assert sizes.dense_bytes == 4 * (64 + 8 + 8)
+  assert sizes.stored_bytes == found.bytes + 4 * 8
+  assert sizes.stored_bytes > 4 * (32 + 8 + 8)  # the index is not free
+
+
+def test_learning_rate_starts_again_with_every_stage():
+  config = cp.recipe(lr=1.0, momentum=0.0)
+  tx = cp.optimizer(config, length=4)
+  params = {'w': jnp.zeros(())}
+  state, moved = tx.init(params), []
+  for _ in range(8):
+    updates, state = tx.update({'w': jnp.ones(())}, state, params)
+    moved.append(-float(updates['w']))
+  assert moved[0] == moved[4] == 1.0
+  assert moved[3] < 0.2 and moved[:4] == sorted(moved[:4], reverse=True)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [({'optimizer': 'lamb'}, 'optimizer'), ({'schedule': 'step'}, 'schedule'), ({'lr': 0.0}, 'lr')],
+)
+def test_recipes_that_cannot_be_followed(fields, message):
+  with pytest.raises(ValueError, match=message):
+    cp.check_recipe('dense', cp.recipe(**fields))
+
+
+@pytest.mark.promotes('optax')
+def test_classifier_scores_every_image_once_in_order():
+  source = fd.load_source('synthetic', 'test', n=37, size=28)
+  spec = fd.InputSpec('rgb', 28, mean=(128.0,) * 3, std=(64.0,) * 3)
+  model = models.create_model('lenet5')
+  task = cp.classifier(
+    model, source, {'test': source}, spec, eval_batch_size=16, grey=True, mesh=train.make_mesh(1)
+  )
+  variables = task.init(jax.random.key(0))
+  right = task.score(variables)['test']
+  x = (np.stack([source[i]['image'] for i in range(37)])[..., :1].astype(np.float32) - 128) / 64
+  logits = np.asarray(model.apply({'params': variables.params}, x))
+  want = np.argmax(logits, -1) == [source[i]['label'] for i in range(37)]
+  np.testing.assert_array_equal(right, want)
+  assert list(task.layers) == ['conv1/kernel', 'conv2/kernel', 'fc1/kernel', 'fc2/kernel']
+  assert task.sample.shape == (16, 28, 28, 1)
+
+
+def test_summary_is_a_paired_mean_over_seeds():
+  sizes = cp.Sizes(weights=100, kept=10, dense_bytes=400, stored_bytes=80, index_bits=64)
+  dense = {'test': np.array([1.0, 1, 0, 1]), 'held_out': np.array([1.0, 1])}
+  first = {'test': np.array([1.0, 0, 0, 1]), 'held_out': np.array([1.0, 0])}
+  second = {'test': np.array([1.0, 1, 0, 1]), 'held_out': np.array([1.0, 1])}
+  networks = [
+    outcome.Measured('a', seed, 0, scores, scores, dense, sizes)
+    for seed, scores in enumerate((first, second))
+  ]
+  (entry,) = outcome.summarize(networks)
+  assert entry['value'] == 62.5 and entry['dense'] == 75.0 and entry['change'] == -12.5
+  assert entry['compression'] == 10 and entry['compression_bytes'] == 5
+  # Differences [[0, -1, 0, 0], [0, 0, 0, 0]]: standard errors of seed means and of image means.
+  seeds = np.std([-25.0, 0.0], ddof=1) / np.sqrt(2)
+  images = np.std([0, -50.0, 0, 0], ddof=1) / 2
+  np.testing.assert_allclose(entry['change_spread'], np.hypot(seeds, images))
+  assert entry['held_out_change'] == -25.0
+  assert outcome.chosen([entry], 30.0) == {'a': entry} and not outcome.chosen([entry], 20.0)
+
+
+def test_perplexity_is_worse_when_larger():
+  metric = outcome.PERPLEXITY
+  items = np.log(np.full((1, 5), 12.0))
+  dense = np.log(np.full((1, 5), 10.0))
+  change, error = metric.difference(items, dense)
+  np.testing.assert_allclose([metric.value(items), change, error], [12.0, 2.0, 0.0], atol=1e-9)
+  assert metric.lost(change) == change and outcome.TOP1.lost(-0.3) == 0.3
+
+
+def test_ledger_rows_refuse_goals_of_no_metric():
+  sizes = cp.Sizes(weights=100, kept=10, dense_bytes=400, stored_bytes=80, index_bits=64)
+  scores = {'test': np.array([1.0, 0.0])}
+  (entry,) = outcome.summarize([outcome.Measured('a', 0, 0, scores, scores, scores, sizes)])
+  rows = outcome.ledger_rows(entry, 'admm_nn_s/d/n/a', 'd test', {'top1': 40.0})
+  assert {r.metric: r.reached for r in rows}['top1'] == 'yes'
+  assert {r.metric: r.value for r in rows}['compression'] == 10
+  with pytest.raises(ValueError, match='speed'):
+    outcome.ledger_rows(entry, 'admm_nn_s/d/n/a', 'd test', {'speed': 1.0})
