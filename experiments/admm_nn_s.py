@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import compression as cp
-from experiments import harness, outcome
+from experiments import harness, outcome, tasks
 from experiments.harness import data_label, record_once, say
 from fqjax import files, models, sparsity, train
 
@@ -104,14 +104,14 @@ def check(config) -> None:
     cp.check_recipe(name, config[name])
 
 
-def make_task(config, mesh, **options) -> tuple[cp.Task, Any]:
+def make_task(config, mesh, **options) -> tuple[tasks.Task, Any]:
   """The images of the configuration and its network; `options` replace those of the model."""
-  return cp.image_task(config, mesh, published, **options)
+  return tasks.image_task(config, mesh, published, **options)
 
 
 def published(weights: str, model):
   """Weights to start from instead of random ones."""
-  return lambda key: cp.split(models.import_torchvision(weights, model))
+  return lambda key: tasks.split(models.import_torchvision(weights, model))
 
 
 # ---------------------------------------------------------------------------- plans
@@ -141,7 +141,7 @@ def ladder(setting, params, layers) -> list[sparsity.Plan]:
 # ---------------------------------------------------------------------------- unused paths
 
 
-def without_unused(model, rung: cp.Rung, task: cp.Task, path: pathlib.Path) -> dict[str, float]:
+def without_unused(model, rung: cp.Rung, task: tasks.Task, path: pathlib.Path) -> dict[str, float]:
   """Slices what no path reads out of the network, and checks that it still says the same."""
   params, state = rung.variables
   x = jnp.asarray(task.sample)

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from experiments import compression as cp
+from experiments import tasks
 from experiments.harness import data_label
 from fqjax import data as fd
 from fqjax import models
@@ -108,32 +109,32 @@ def described(config) -> str:
 # ---------------------------------------------------------------------------- task
 
 
-def make_task(config, mesh, **options) -> tuple[cp.Task, Any]:
+def make_task(config, mesh, **options) -> tuple[tasks.Task, Any]:
   """The images of a configuration and its network; `options` replace those of the model.
 
   Raises:
     FileNotFoundError: there is no such file of weights.
   """
-  return cp.image_task(config, mesh, initial, **options)
+  return tasks.image_task(config, mesh, initial, **options)
 
 
-def initial(weights: str, model) -> Callable[[jax.Array], cp.Variables]:
+def initial(weights: str, model) -> Callable[[jax.Array], tasks.Variables]:
   """Starts from a file: an earlier run's, a published network for CIFAR-10, one of torchvision."""
   path = find_weights(weights)
 
   def read(key):
     del key
     if path.suffix == '.safetensors':
-      return cp.split(models.import_torchvision(path, model))
+      return tasks.split(models.import_torchvision(path, model))
     with np.load(path, allow_pickle=False) as file:
       ours = any(name.startswith('params/') for name in file.files)
     if ours:
       size = getattr(model, 'image_size', 32)
       x = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-      return cp.load_variables(path, cp.split(jax.eval_shape(model.init, jax.random.key(0), x)))
+      return cp.load_variables(path, tasks.split(jax.eval_shape(model.init, jax.random.key(0), x)))
     if model.__class__.__name__ == 'MobileNetV2':
-      return cp.split(models.load_mobilenet_v2_npz(path, model))
-    return cp.split(models.load_cifar_resnet_npz(path, model))
+      return tasks.split(models.load_mobilenet_v2_npz(path, model))
+    return tasks.split(models.load_cifar_resnet_npz(path, model))
 
   return read
 

@@ -26,30 +26,26 @@ Source: Ren et al., "DARB: A Density-Aware Regular-Block Pruning for Deep Neural
 """
 
 from collections.abc import Mapping, Sequence
-import itertools
 import math
 import pathlib
 import re
 import time
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import compression as cp
-from experiments import harness, language, ledger, outcome, speech
+from experiments import harness, language, ledger, outcome, rows, speech, tasks
 from experiments.harness import data_label, record_once, say
 from fqjax import data as fd
 from fqjax import models, sparsity, train
-from fqjax.sparsity import plots
 
 KINDS = ('darb', 'bank', 'unstructured', 'nm', 'block', 'filter')
 # What DARB's highest rate is compared with.
 STRUCTURED = ('nm', 'block', 'filter')
 TASKS = ('images', 'text', 'speech')
-# Shares of the survivors of a group of rows that `sensitivity` takes away.
-FRACTIONS = (0.25, 0.5, 1.0)
 # Fields that may change between a run and its continuation.
 _FREE = re.compile(
   r'seeds|settings|record|log_every|loss_goal|dense_goal|goal|named|shown|data\.workers'
@@ -82,7 +78,8 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
   summary = outcome.summarize(networks, metric)
   if train.is_main():
     outcome.save(workdir, summary)
-    shown = pictures(config, pruned_task, middles)
+    free = {name for name in middles if config.methods[name].kind == 'unstructured'}
+    shown = rows.pictures(middles, pruned_task, f'{config.shown:g}x', free)
     title = f'{label(config)}: {config.model.name} pruned in adaptive regular blocks'
     outcome.write_report(
       config, workdir, title, summary, ends, metric, shown, tables(config, summary, metric)
@@ -141,11 +138,11 @@ def label(config) -> str:
   return data_label(config.data.path if config.task == 'speech' else config.data.name)
 
 
-def make_task(config, mesh, **options) -> cp.Task:
+def make_task(config, mesh, **options) -> tasks.Task:
   """The data of the configuration and its network; `options` replace those of the model."""
   d = config.data
   if config.task == 'images':
-    return cp.image_task(config, mesh, published, **options)[0]
+    return tasks.image_task(config, mesh, published, **options)[0]
   given = {**config.model.options, **options}
   if config.task == 'text':
     text = fd.load_text(d.name, vocab_size=d.vocab_size)
@@ -161,7 +158,7 @@ def make_task(config, mesh, **options) -> cp.Task:
 
 def published(weights: str, model):
   """Weights to start from instead of random ones."""
-  return lambda key: cp.split(models.import_torchvision(weights, model))
+  return lambda key: tasks.split(models.import_torchvision(weights, model))
 
 
 # ---------------------------------------------------------------------------- plans
@@ -353,10 +350,11 @@ def over_structured(config, summary: Sequence[dict]) -> tuple[float, str] | None
 def claim(config, summary: Sequence[dict], metric: outcome.Metric) -> str:
   """The paper's claim in a sentence."""
   found = over_structured(config, summary)
-  limit = f'at most {config.loss_goal:g} {metric.unit or metric.name} lost on held-out items'
+  limit = f'With at most {config.loss_goal:g} {metric.unit or metric.name} lost on held-out items'
   if found is None:
-    return f'{limit}: darb, or every one of {", ".join(STRUCTURED)}, has no such rung here.'
-  return f'{limit}: darb reaches {found[0]:.2f} times the rate of {found[1]}, the best of {", ".join(STRUCTURED)}.'
+    return f'{limit} there is no rung of darb, or none of {", ".join(STRUCTURED)}.'
+  value, other = found
+  return f'{limit} darb reaches {value:.2f} times the rate of {other}, the best structure.'
 
 
 def tables(config, summary: Sequence[dict], metric: outcome.Metric) -> list[train.Table]:
@@ -413,16 +411,16 @@ def record(config, workdir: pathlib.Path, summary: Sequence[dict]) -> None:
   limit = {metric.change: -config.loss_goal if metric.larger else config.loss_goal}
   out = [outcome.dense_row(summary[0], f'{where}/dense', scored, config.dense_goal or None, metric)]
 
-  def rows(entry, name):
+  def rows_of(entry, name):
     ours = config.methods[entry['setting']].kind == 'darb'
     goals = limit if ours else {}
     return outcome.ledger_rows(entry, f'{where}/{name}', scored, goals, metric=metric)
 
   for entry in summary:
     if entry['asked'] in config.named:
-      out += rows(entry, f'{entry["setting"]}-{entry["asked"]:g}x')
+      out += rows_of(entry, f'{entry["setting"]}-{entry["asked"]:g}x')
   for name, entry in best(config, summary).items():
-    out += rows(entry, f'{name}-highest')
+    out += rows_of(entry, f'{name}-highest')
   if claimed := over_structured(config, summary):
     value, other = claimed
     out.append(
@@ -438,96 +436,6 @@ def record(config, workdir: pathlib.Path, summary: Sequence[dict]) -> None:
       )
     )
   record_once(workdir / 'recorded.json', summary, out)
-
-
-# ---------------------------------------------------------------------------- pictures
-
-
-def pictures(config, task: cp.Task, rungs: Mapping[str, cp.Rung]) -> list[train.Picture]:
-  """What the paper looks at in unstructured matrices, and what the structures make of it.
-
-  Args:
-    config: of the experiment.
-    task: to measure what rows are worth.
-    rungs: setting -> network at the rate `config.shown`.
-  """
-  if not rungs:
-    return []
-  rate = f'{config.shown:g}x'
-  masks = {name: flatten_dict(rung.masks, sep='/') for name, rung in rungs.items()}
-  any_plan = next(iter(rungs.values())).plan
-  largest = max(any_plan.pruned, key=lambda entry: entry.size)
-  out = []
-  for name, rung in rungs.items():
-    if config.methods[name].kind != 'unstructured':
-      continue
-    rows = {
-      entry.path: sparsity.to_rows(np.asarray(masks[name][entry.path]), entry.layout)
-      for entry in rung.plan.pruned
-    }
-    change, density = sensitivity(task, rung, largest)
-    out += [
-      train.Picture(
-        f'Spread of row densities, unstructured {rate}',
-        plots.row_densities(rows),
-        'How dense each row of each matrix stayed; even rows would be level lines.',
-      ),
-      train.Picture(
-        f'Sensitivity of rows, unstructured {rate}',
-        plots.row_sensitivity(change, density, fractions=FRACTIONS, what='change of loss'),
-        f'{largest.path}: rows in {len(change)} groups of like density; what the loss on training '
-        'batches gains when a share of the survivors of one group is taken, smallest first.',
-      ),
-    ]
-  for name in rungs:
-    mask = np.asarray(masks[name][largest.path])
-    figure = plots.survivors(mask, largest.layout)
-    out.append(train.Picture(f'Positions of survivors, {name} {rate}: {largest.path}', figure))
-  return out
-
-
-def sensitivity(
-  task: cp.Task, rung: cp.Rung, entry: sparsity.Entry, groups: int = 16, batches: int = 4
-) -> tuple[np.ndarray, np.ndarray]:
-  """What the loss gains when a group of rows loses a share of its survivors, smallest first.
-
-  Args:
-    task: without dropout.
-    rung: a pruned network.
-    entry: the matrix.
-    groups: of rows with like density.
-    batches: of training, to measure the loss on.
-
-  Returns:
-    Changes [groups, FRACTIONS] and mean densities [groups], from the emptiest to the densest.
-  """
-  params = flatten_dict(rung.variables.params, sep='/')
-  rows = np.asarray(sparsity.to_rows(params[entry.path], entry.layout))
-  data = list(itertools.islice(task.loader(0), batches))
-
-  @jax.jit
-  def loss_of(rows):
-    w = sparsity.from_rows(rows, entry.layout, entry.shape)
-    changed = unflatten_dict({**params, entry.path: w}, sep='/')
-    state, total = rung.variables.model_state, 0.0
-    for batch in data:
-      loss, (state, _) = task.loss_fn(changed, state, batch, jax.random.key(0))
-      total += loss / len(data)
-    return total
-
-  density = np.mean(rows != 0, 1)
-  parts = np.array_split(np.argsort(density, kind='stable'), min(groups, len(rows)))
-  # Rank of each survivor within its row, 0 the smallest; zeros come before.
-  ranks = np.argsort(np.argsort(np.abs(rows), 1, kind='stable'), 1)
-  ranks -= (rows == 0).sum(1, keepdims=True)
-  before, change = float(loss_of(rows)), []
-  for part in parts:
-    count = (rows[part] != 0).sum(1, keepdims=True)
-    for share in FRACTIONS:
-      less = rows.copy()
-      less[part] = np.where(ranks[part] < share * count, 0, rows[part])
-      change.append(float(loss_of(less)) - before)
-  return np.reshape(change, (len(parts), -1)), np.array([density[p].mean() for p in parts])
 
 
 # ---------------------------------------------------------------------------- command line

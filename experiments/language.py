@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.compression import Task, Variables
+from experiments.tasks import Task, Variables
 from fqjax import data as fd
 from fqjax import models, sparsity, train
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cifar, harness, ledger, outcome
+from experiments import cifar, harness, ledger, outcome, tasks
 from experiments import compression as cp
 from experiments.harness import data_label, record_once, save_arrays, say
 from fqjax import data as fd
@@ -79,9 +79,9 @@ class Network(NamedTuple):
     input_energy: () -> path of a convolution's kernel -> mean square of each of its inputs.
   """
 
-  task: cp.Task
-  dense: cp.Variables
-  logits: Callable[[cp.Variables], np.ndarray]
+  task: tasks.Task
+  dense: tasks.Variables
+  logits: Callable[[tasks.Variables], np.ndarray]
   labels: np.ndarray
   input_energy: Callable[[], dict[str, np.ndarray]]
 
@@ -172,7 +172,7 @@ def make_network(config, mesh) -> Network:
   )
   view = fd.resize_crop(d.resize, d.size)
   weights = config.model.weights
-  task = cp.classifier(
+  task = tasks.classifier(
     model,
     unlabelled,
     {},
@@ -212,7 +212,7 @@ def make_network(config, mesh) -> Network:
   return Network(
     task,
     dense,
-    lambda variables: cp.each_item(predict, variables, photographs(), mesh)['logits'],
+    lambda variables: tasks.each_item(predict, variables, photographs(), mesh)['logits'],
     np.array([scored.read(i)['label'] for i in range(len(scored))]),
     input_energy,
   )
@@ -234,7 +234,7 @@ def inputs_squared(run: Callable[[], Any]) -> dict[str, jax.Array]:
 
 
 def logits_of(
-  path: pathlib.Path, network: Network, variables: Callable[[], cp.Variables]
+  path: pathlib.Path, network: Network, variables: Callable[[], tasks.Variables]
 ) -> np.ndarray:
   """Logits of the photographs; read from `path` if they are there."""
   with harness.alone(path):
@@ -290,7 +290,7 @@ def measured(
   dense: np.ndarray,
   network: Network,
   plan: sparsity.Plan,
-  variables: cp.Variables,
+  variables: tasks.Variables,
 ) -> outcome.Measured:
   """A network's photographs beside those of the float one."""
   right, dense_right = (

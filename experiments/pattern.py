@@ -27,7 +27,7 @@ import time
 import jax
 import numpy as np
 
-from experiments import cifar, harness, kernels, outcome, pictures
+from experiments import cifar, harness, kernels, outcome, pictures, tasks
 from experiments import compression as cp
 from experiments.harness import data_label, record_once, say
 from fqjax import sparsity, train
@@ -91,7 +91,7 @@ def compare(config, workdir: pathlib.Path, mesh) -> list[dict]:
 # ---------------------------------------------------------------------------- one network
 
 
-def prune(config, run: cp.Run, name: str, dense: cp.Variables) -> cp.Rung:
+def prune(config, run: cp.Run, name: str, dense: tasks.Variables) -> cp.Rung:
   """One setting: its library, ADMM towards it for the steps that are left, retraining."""
   if name == CONTROL:
     nothing = sparsity.make_plan(dense.params, [('.*', None)])
@@ -108,7 +108,7 @@ def prune(config, run: cp.Run, name: str, dense: cp.Variables) -> cp.Rung:
   return rung
 
 
-def library(config, run: cp.Run, setting, dense: cp.Variables):
+def library(config, run: cp.Run, setting, dense: tasks.Variables):
   """The patterns of a setting, the network to go on with, and the steps it has been trained for."""
   if setting.library == 'extracted':
     return extract(config, run, setting, dense)
@@ -119,7 +119,7 @@ def library(config, run: cp.Run, setting, dense: cp.Variables):
   return sparsity.pattern_set(setting.library), dense, 0
 
 
-def extract(config, run: cp.Run, setting, dense: cp.Variables):
+def extract(config, run: cp.Run, setting, dense: tasks.Variables):
   """Trains towards ever smaller libraries, each the most used patterns of the one before."""
   run = run._replace(folder=run.folder / f'library-{setting.candidates}-{setting.by}')
   recipe = config.pull.copy_and_resolve_references()
@@ -136,12 +136,12 @@ def extract(config, run: cp.Run, setting, dense: cp.Variables):
   return masks, variables, spent
 
 
-def steps(recipe, task: cp.Task) -> int:
+def steps(recipe, task: tasks.Task) -> int:
   """Steps of a recipe."""
   return round(recipe.epochs * task.steps_per_epoch)
 
 
-def for_steps(recipe, count: int, task: cp.Task):
+def for_steps(recipe, count: int, task: tasks.Task):
   """The recipe for so many steps."""
   recipe = recipe.copy_and_resolve_references()
   recipe.epochs = count / task.steps_per_epoch

@@ -30,7 +30,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
-from experiments import cifar, harness, outcome, pictures
+from experiments import cifar, harness, outcome, pictures, tasks
 from experiments import compression as cp
 from experiments.harness import data_label, record_once, say
 from fqjax import sparsity, train
@@ -168,7 +168,7 @@ def make_plan(config, name: str, params, layers, codebook: str = '') -> sparsity
   return sparsity.make_plan(params, chosen, layers=layers)
 
 
-def prune(config, name: str, run: cp.Run, dense: cp.Variables) -> tuple[cp.Rung, float]:
+def prune(config, name: str, run: cp.Run, dense: tasks.Variables) -> tuple[cp.Rung, float]:
   """Prunes the dense network to a setting.
 
   Returns:
@@ -336,7 +336,10 @@ def choice(summary: Sequence[dict]) -> list[str]:
   """What the held-out images say, where there are any."""
   if 'held_out_value' not in summary[0]:
     return []
-  best = max(summary, key=lambda e: e['held_out_value'])
+  best = max(
+    (e for e in summary if e['setting'] != CONTROL or len(summary) == 1),
+    key=lambda e: e['held_out_value'],
+  )
   lines = [
     f'{e["setting"]:<28}{e["held_out_value"]:.2f} ± {e["held_out_spread"]:.2f} % of held-out images,'
     f' {e["held_out_change"]:+.2f} ± {e["held_out_change_spread"]:.2f}'

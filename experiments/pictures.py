@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from experiments import compression as cp
-from experiments import kernels, outcome
+from experiments import kernels, outcome, tasks
 from fqjax import _figures, train
 from fqjax.sparsity import plots
 
@@ -120,7 +120,7 @@ def switches(name: str, phases: Sequence[pathlib.Path]) -> list[train.Picture]:
 
 
 def looks(
-  model, dense: cp.Variables, pruned: cp.Variables, task: cp.Task, name: str, mean, std
+  model, dense: tasks.Variables, pruned: tasks.Variables, task: tasks.Task, name: str, mean, std
 ) -> list[train.Picture]:
   """Feature maps and saliency of the dense and a pruned network side by side.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.compression import Task, split
+from experiments.tasks import Task, split
 from fqjax import data as fd
 from fqjax import sparsity, train
 

@@ -1,6 +1,5 @@
 """The setup of the tests itself: what they rely on raises."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

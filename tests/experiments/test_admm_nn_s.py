@@ -10,6 +10,7 @@ import pytest
 from configs import admm_nn_s as configs
 from experiments import admm_nn_s as experiment
 from experiments import compression as cp
+from experiments import tasks
 from fqjax import models, rules, sparsity
 
 PRESETS = ('lenet5', 'resnet50', 'alexnet', 'vgg16', 'smoke')
@@ -51,7 +52,7 @@ def test_sliced_network_says_the_same(lenet, tmp_path):
   setting = configs.get_config('lenet5').rates.structured
   plan = experiment.ladder(setting, params, layers)[2]
   pruned, masks = rules.finalize(plan, params)
-  rung = cp.Rung(plan, cp.Variables(pruned, {}), masks, {}, {})
+  rung = cp.Rung(plan, tasks.Variables(pruned, {}), masks, {}, {})
 
   class Task:
     sample = np.random.default_rng(0).normal(size=(4, 28, 28, 1)).astype(np.float32)

@@ -12,7 +12,7 @@ import pytest
 from configs import darb as configs
 from experiments import compression as cp
 from experiments import darb as experiment
-from experiments import ledger
+from experiments import ledger, rows, tasks
 from fqjax import data as fd
 from fqjax import rules, sparsity, train
 from tests.experiments import tiny_task
@@ -162,9 +162,9 @@ def test_the_claim_is_judged_on_held_out_items(tmp_path, monkeypatch):
 
   monkeypatch.setattr(ledger, 'ROOT', tmp_path)
   experiment.record(config, tmp_path, SUMMARY)
-  rows, problems = ledger.read(tmp_path / 'results.csv')
+  lines, problems = ledger.read(tmp_path / 'results.csv')
   assert not problems
-  found = {(row.run.split('/')[-1], row.metric): row for row in rows}
+  found = {(row.run.split('/')[-1], row.metric): row for row in lines}
   claim = found['darb-highest', 'rate_over_structured']
   assert claim.reached == 'yes' and claim.reference.startswith('block')
   assert found['darb-highest', 'rate'].value == 40
@@ -172,7 +172,7 @@ def test_the_claim_is_judged_on_held_out_items(tmp_path, monkeypatch):
   assert found['bank-highest', 'index_bits_per_kept'].value == 3
   assert not any(run == 'darb-40x' for run, _ in found)
   experiment.record(config, tmp_path, SUMMARY)
-  assert ledger.read(tmp_path / 'results.csv')[0] == rows
+  assert ledger.read(tmp_path / 'results.csv')[0] == lines
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_sensitivity_is_the_loss_without_some_survivors():
   dense = task.init(jax.random.key(0))
   plan = sparsity.make_plan(dense.params, [('fc1/kernel', sparsity.Unstructured(keep=0.5))])
   params, masks = rules.finalize(plan, dense.params)
-  rung = cp.Rung(plan, cp.Variables(params, {}), masks, {}, {})
-  got, density = experiment.sensitivity(task, rung, plan.pruned[0], groups=4, batches=2)
+  rung = cp.Rung(plan, tasks.Variables(params, {}), masks, {}, {})
+  got, density = rows.sensitivity(task, rung, plan.pruned[0], groups=4, batches=2)
   assert got.shape == (4, 3) and np.all(np.diff(density) >= 0)
 
   w = np.array(params['fc1']['kernel'])
@@ -269,6 +269,7 @@ def tiny_config():
   return config
 
 
+@pytest.mark.full
 @pytest.mark.promotes('optax')
 def test_a_language_model_is_pruned_reported_and_read_back(tmp_path, monkeypatch, capsys):
   make_mesh = train.make_mesh
@@ -277,17 +278,17 @@ def test_a_language_model_is_pruned_reported_and_read_back(tmp_path, monkeypatch
   monkeypatch.setattr(ledger, 'ROOT', tmp_path)
   monkeypatch.setattr(fd, 'load_text', lambda name, vocab_size: tiny_text())
   config = tiny_config()
-  rows = experiment.experiment(config, tmp_path / 'run')
-  assert [(r['setting'], r['asked']) for r in rows] == [
+  found = experiment.experiment(config, tmp_path / 'run')
+  assert [(r['setting'], r['asked']) for r in found] == [
     (name, rate) for name in config.settings for rate in config.rates
   ]
-  for row in rows:
+  for row in found:
     assert row['metric'] == 'perplexity' and row['dense'] < 11 and row['value'] < 12.5
     assert row['rate'] >= 0.97 * row['asked'] and row['index_bits_per_kept'] > 0
   # The carry is handed on from phase to phase, and is no part of what is stored.
   saved = np.load(tmp_path / 'run/seed0/dense/variables.npz')
   assert saved['model_state/carry/0/cell'].shape == (8, 16)
-  assert rows[0]['dense_bytes'] == 4 * sum(
+  assert found[0]['dense_bytes'] == 4 * sum(
     saved[k].size for k in saved.files if k.startswith('params/')
   )
   page = (tmp_path / 'run/report.html').read_text()
@@ -296,14 +297,14 @@ def test_a_language_model_is_pruned_reported_and_read_back(tmp_path, monkeypatch
     'Highest rate within the limit', 'Rates and indices',
   ):  # fmt: skip
     assert words in page
-  assert json.loads((tmp_path / 'run/results.json').read_text()) == rows
+  assert json.loads((tmp_path / 'run/results.json').read_text()) == found
   assert 'eta' in capsys.readouterr().out
 
   # A part of the settings reads what is there and trains nothing; then all are recorded.
   config.settings = ('darb',)
-  assert experiment.experiment(config, tmp_path / 'run') == rows[1:]
+  assert experiment.experiment(config, tmp_path / 'run') == found[1:]
   config.settings, config.record = ('unstructured', 'darb'), True
-  assert experiment.experiment(config, tmp_path / 'run') == rows
+  assert experiment.experiment(config, tmp_path / 'run') == found
   assert 'eta' not in capsys.readouterr().out
   runs = {row.run for row in ledger.read(tmp_path / 'results.csv')[0]}
   assert {f'darb/python_docs/lstm_lm/{x}' for x in ('dense', 'darb-4x', 'unstructured-4x')} <= runs
@@ -318,8 +319,8 @@ def test_smoke_run_reports(tmp_path):
   pytest.importorskip('skimage')
   config = configs.get_config('smoke')
   config.dense.epochs = config.admm.epochs = config.retrain.epochs = 0.5
-  rows = experiment.experiment(config, tmp_path)
-  assert {r['setting'] for r in rows} == set(config.settings)
+  found = experiment.experiment(config, tmp_path)
+  assert {r['setting'] for r in found} == set(config.settings)
   masks = flatten_dict(cp.load_tree(tmp_path / 'seed0/darb/01-retrain/variables.npz'), sep='/')
   kept = sum(np.count_nonzero(masks[f'params/fc{i}/kernel']) for i in (1, 2))
   assert kept <= 405_000 / 13

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from configs import one_shot as configs
-from experiments import compression as cp
-from experiments import ledger
+from experiments import ledger, tasks
 from experiments import one_shot as experiment
 from fqjax import rules, sparsity, train
 
@@ -69,7 +68,7 @@ LABELS = np.arange(12) % 4
 
 def make_network(config, mesh):
   model = Pointwise()
-  dense = cp.split(model.init(jax.random.key(0), X[:1]))
+  dense = tasks.split(model.init(jax.random.key(0), X[:1]))
 
   def apply(variables, **kwargs):
     return model.apply({'params': variables.params, **variables.model_state}, X, **kwargs)
@@ -77,7 +76,7 @@ def make_network(config, mesh):
   layers = sparsity.trace_layers(
     lambda p: model.apply({'params': p, **dense.model_state}, X), dense.params
   )
-  task = cp.Task(
+  task = tasks.Task(
     *[None] * 3, 1, None, lambda: iter([X]),
     lambda p, s, x: model.apply({'params': p, **s}, x, train=True, mutable=['batch_stats'])[1],
     layers,
@@ -108,8 +107,8 @@ def test_first_and_last_layers_stay_dense_and_others_rank_by_inputs():
   params['b']['kernel'] *= np.array([8, 4, 2, 1.5], np.float32)[None, None, :, None]
   layers = {f'{name}/kernel': sparsity.Layer(8, layout='HWIO') for name in 'abc'}
   energy = {f'{name}/kernel': np.array([0.01, 1, 9, 16], np.float32) for name in 'abc'}
-  task = cp.Task(*[None] * 7, layers)
-  network = experiment.Network(task, cp.Variables(params, {}), None, None, lambda: energy)
+  task = tasks.Task(*[None] * 7, layers)
+  network = experiment.Network(task, tasks.Variables(params, {}), None, None, lambda: energy)
   config = configs.get_config()
   config.layers = '[abc]/kernel'
   plan = experiment.make_plan(config, experiment.Setting('unstructured', 0.5, 'inputs'), network)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import pattern as configs
-from experiments import cifar, harness, kernels, outcome
+from experiments import cifar, harness, kernels, outcome, tasks
 from experiments import compression as cp
 from experiments import pattern as experiment
 from fqjax import models, rules, sparsity, train
@@ -107,7 +107,7 @@ def test_rates_are_those_of_all_convolutions(resnet20):
   count = sum(int(np.count_nonzero(pruned_at(pruned, c.path))) for c in convs)
   assert kernels.conv_rate(eight) == pytest.approx(whole / count)
   assert np.count_nonzero(pruned_at(pruned, 'conv1/kernel')) == first
-  rung = cp.Rung(eight, cp.Variables(pruned, {}), found, {}, {})
+  rung = cp.Rung(eight, tasks.Variables(pruned, {}), found, {}, {})
   assert kernels.conv_compression(rung) == pytest.approx(whole / count)
 
 
@@ -144,6 +144,7 @@ def prune(config, run, name, dense):
   return experiment.prune(config, run._replace(folder=run.folder / name), name, dense)
 
 
+@pytest.mark.full
 @pytest.mark.promotes('optax')
 def test_libraries_shrink_and_everybody_trains_as_long(run, monkeypatch):
   """Phases do nothing here but tell how long they would take."""
@@ -186,6 +187,7 @@ def test_libraries_shrink_and_everybody_trains_as_long(run, monkeypatch):
   assert kernels.conv_compression(rungs['joint4']) >= 4.0
 
 
+@pytest.mark.full
 @pytest.mark.promotes('optax')
 def test_a_setting_is_trained_watched_and_read_back(run, capsys):
   config = small()

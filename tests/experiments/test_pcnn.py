@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import pcnn as configs
-from experiments import cifar, harness, ledger, outcome
+from experiments import cifar, harness, ledger, outcome, tasks
 from experiments import compression as cp
 from experiments import pcnn as experiment
 from fqjax import models, rules, sparsity, train
@@ -203,6 +203,7 @@ def small(monkeypatch):
   return config
 
 
+@pytest.mark.full
 @pytest.mark.promotes('optax')
 def test_settings_are_pruned_compared_and_recorded(tmp_path, monkeypatch, capsys):
   config = small(monkeypatch)
@@ -271,7 +272,7 @@ def test_kernels_that_went_have_no_pattern():
   params = {'c': {'kernel': w}}
   plan = sparsity.make_plan(params, [('.*', sparsity.Patterns((1, 2), keep=0.5))])
   pruned, masks = rules.finalize(plan, params)
-  rung = cp.Rung(plan, cp.Variables(pruned, {}), masks, {}, {})
+  rung = cp.Rung(plan, tasks.Variables(pruned, {}), masks, {}, {})
   assert experiment.pattern_counts(rung) == Counter({1: 2})
   assert experiment.kept_energy(plan, params) == pytest.approx(100 * 13 / 14.25)
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs import pconv as configs
 from experiments import compression as cp
-from experiments import kernels, ledger
+from experiments import kernels, ledger, tasks
 from experiments import pconv as experiment
 from fqjax import models, rules, sparsity, train
 from fqjax.runtime import codecs
@@ -91,7 +91,7 @@ def test_fkw_bytes_are_those_of_the_format():
   masks = sparsity.pattern_set('elog4')
   plan = kernels.plan_at(4.0, params, task.layers, 'pattern', masks)
   pruned, live = rules.finalize(plan, params)
-  found = kernels.fkw(cp.Rung(plan, cp.Variables(pruned, {}), live, {}, {}))
+  found = kernels.fkw(cp.Rung(plan, tasks.Variables(pruned, {}), live, {}, {}))
   index = rows = values = 0
   for name in ('conv2', 'conv3'):
     o = tiny_conv.SHAPES[name][3]
@@ -114,7 +114,7 @@ def test_fkw_bytes_are_those_of_the_format():
   assert found['index_saving'] == pytest.approx(100 * want, abs=0.5)
   filters = kernels.plan(params, task.layers, 'filters', 0.5)
   pruned, live = rules.finalize(filters, params)
-  assert kernels.fkw(cp.Rung(filters, cp.Variables(pruned, {}), live, {}, {})) == {}
+  assert kernels.fkw(cp.Rung(filters, tasks.Variables(pruned, {}), live, {}, {})) == {}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import compression as cp
+from experiments import tasks
 from fqjax import sparsity
 from tests.experiments import tiny_task
 
@@ -41,7 +41,7 @@ def init(key):
     name: {'kernel': jax.random.normal(k, shape) / np.sqrt(np.prod(shape[:3])).astype(np.float32)}
     for k, (name, shape) in zip(keys, SHAPES.items(), strict=False)
   }
-  return cp.Variables({**params, 'fc': {'kernel': jax.random.normal(keys[3], (32, 2)) / 4}}, {})
+  return tasks.Variables({**params, 'fc': {'kernel': jax.random.normal(keys[3], (32, 2)) / 4}}, {})
 
 
 class Loader(tiny_task.Loader):
@@ -64,10 +64,10 @@ def score(variables):
   return {'test': right.astype(np.float64)}
 
 
-def task() -> cp.Task:
-  """A `cp.Task` of all the above."""
+def task() -> tasks.Task:
+  """A `tasks.Task` of all the above."""
   abstract = jax.eval_shape(init, jax.random.key(0)).params
-  return cp.Task(
+  return tasks.Task(
     init=init,
     loss_fn=loss_fn,
     loader=Loader,

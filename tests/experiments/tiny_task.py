@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import compression as cp
+from experiments import tasks
 from fqjax import sparsity
 
 
@@ -25,7 +25,7 @@ def logits(params, x):
 def init(key):
   a, b = jax.random.split(key)
   fc1 = {'kernel': jax.random.normal(a, (8, 16)) / 3, 'bias': jnp.zeros(16)}
-  return cp.Variables({'fc1': fc1, 'fc2': {'kernel': jax.random.normal(b, (16, 2)) / 4}}, {})
+  return tasks.Variables({'fc1': fc1, 'fc2': {'kernel': jax.random.normal(b, (16, 2)) / 4}}, {})
 
 
 class Loader:
@@ -66,10 +66,10 @@ def score(variables):
   }
 
 
-def task() -> cp.Task:
-  """A `cp.Task` of all the above."""
+def task() -> tasks.Task:
+  """A `tasks.Task` of all the above."""
   abstract = jax.eval_shape(init, jax.random.key(0)).params
-  return cp.Task(
+  return tasks.Task(
     init=init,
     loss_fn=loss_fn,
     loader=Loader,
