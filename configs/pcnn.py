@@ -118,7 +118,7 @@ def aim(config, points: float) -> None:
 def resnet20() -> ml_collections.ConfigDict:
   """Published ResNet-20 on 30,000 of the 50,000 training images, 12 epochs a setting."""
   config = base()
-  config.dense_goal = 91.7
+  config.dense_goal = 91.73
   return config
 
 
@@ -158,7 +158,7 @@ def resnet56() -> ml_collections.ConfigDict:
   """Published ResNet-56, every setting, cut at once."""
   config = grid()
   cifar.start(config, 'resnet56')
-  config.networks, config.dense_goal = (), 93.3
+  config.networks, config.dense_goal = (), 93.39
   return config
 
 
