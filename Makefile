@@ -18,9 +18,10 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -n auto --maxprocesses 4
 
-# With the peers of the benchmarks, whose tests skip without them.
+# With the peers of the benchmarks, whose tests skip without them, and programs compiled as users
+# compile them.
 test-all: $(BENCH_STAMP)
-	$(PY) -m pytest -n auto --maxprocesses 4 -m 'full or not full'
+	FQJAX_TEST_OPTIMIZED=1 $(PY) -m pytest -n auto --maxprocesses 4 -m 'full or not full'
 
 # The lowest versions pyproject.toml admits, in an environment of their own.
 test-floor:

@@ -352,6 +352,8 @@ class Row:
         raise ValueError(f'{self.run} {self.metric}: {name} must not be negative, got {value!r}')
       if _NUMBERS[name] is int and value != int(value):
         raise ValueError(f'{self.run} {self.metric}: {name} must be whole, got {value!r}')
+      # As it will be read back: what is judged against a goal is what stands in the file.
+      object.__setattr__(self, name, _NUMBERS[name](_cell(value)))
     for name in ('reference', 'data', 'hardware', 'command', 'revision'):
       # One row, one line: what makes a cut-off row visible.
       object.__setattr__(self, name, ' '.join(str(getattr(self, name)).split()))

@@ -4,6 +4,7 @@ import functools
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
   """Largest value of every `size` x `size` window, side by side; what is left over is dropped.
 
-  The values are those of `flax.linen.max_pool` with equal window and strides. Its gradient goes to
-  one of equal largest values and costs a scatter, on a CPU more than the convolution before it;
-  here equal largest values share it, as with `jnp.max`, by comparing and multiplying.
+  Values and gradients are those of `flax.linen.max_pool` with equal window and strides: of equal
+  largest values the first has the gradient. There it costs a scatter, on a CPU more than the
+  convolution before it; here comparisons and a product.
 
   Args:
     x: [n, h, w, c], any real type.
@@ -28,7 +29,7 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
   Example:
     >>> x = jnp.array([[1.0, 2.0], [4.0, 4.0]]).reshape(1, 2, 2, 1)
     >>> print(max_pool(x).ravel(), jax.grad(lambda x: max_pool(x).sum())(x).ravel())
-    [4.] [0.  0.  0.5 0.5]
+    [4.] [0. 0. 1. 0.]
   """
   if x.ndim != 4 or size < 1 or min(x.shape[1:3]) < size:
     raise ValueError(f'max_pool takes [n, h, w, c] with h, w >= size={size} >= 1, got {x.shape}.')
@@ -42,10 +43,25 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
   return x[:, : h * size, : w * size].reshape(n, h, size, w, size, c)
 
 
+def _first_largest(windows: jax.Array) -> jax.Array:
+  """bool like `windows`: one True in each, at the first of its largest values."""
+  size = windows.shape[2]
+  # Not `windows == maximum`: a compiler may work the values out twice, rounded differently, and a
+  # window without its own maximum would have no gradient at all, or NaN.
+  largest, where = windows[:, :, 0, :, 0], 0
+  for k in range(1, size * size):
+    value = windows[:, :, k // size, :, k % size]
+    larger = value > largest
+    largest, where = jnp.where(larger, value, largest), jnp.where(larger, k, where)
+  places = size * lax.broadcasted_iota(jnp.int32, windows.shape, 2)
+  places = places + lax.broadcasted_iota(jnp.int32, windows.shape, 4)
+  return places == jnp.expand_dims(jnp.asarray(where, jnp.int32), (2, 4))
+
+
 @max_pool.defjvp
 def _max_pool_jvp(size, primals, tangents):
   (x,), (t,) = primals, tangents
-  y = max_pool(x, size)
-  largest = _windows(x, size) == jnp.expand_dims(y, (2, 4))
-  share = largest.astype(t.dtype) / jnp.sum(largest, (2, 4), keepdims=True, dtype=t.dtype)
-  return y, jnp.sum(share * _windows(t, size), (2, 4), dtype=t.dtype)
+  if size == 1:
+    return x, t
+  chosen = _windows(t, size) * _first_largest(_windows(x, size)).astype(t.dtype)
+  return max_pool(x, size), jnp.sum(chosen, (2, 4), dtype=t.dtype)

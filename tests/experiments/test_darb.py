@@ -23,6 +23,14 @@ def uneven(rng, *shape):
   return jnp.asarray(rng.normal(size=shape) * np.exp(rng.normal(size=shape[-1])), jnp.float32)
 
 
+def crossing(rng, inputs, outputs):
+  """A matrix half of whose outputs is the dense half at low rates and the empty one at high rates."""
+  even = rng.uniform(0.9, 1.1, (inputs, outputs // 2)) * rng.choice([-1, 1], (inputs, outputs // 2))
+  spikes = 0.01 * rng.normal(size=(inputs, outputs - outputs // 2))
+  places = rng.random(spikes.shape) < 0.04
+  return jnp.asarray(np.concatenate([even, np.where(places, 3.0, spikes)], 1), jnp.float32)
+
+
 @pytest.fixture(scope='module')
 def lenet():
   rng = np.random.default_rng(0)
@@ -75,12 +83,25 @@ def test_shares_reach_the_rate_together():
     experiment.shares(sizes, powers, 200.0)
 
 
-@pytest.mark.parametrize('name', ['darb', 'bank'])
-def test_rungs_are_nested_and_lose_nothing_by_it(lenet, name):
+def half_even(rng, inputs, outputs):
+  """Every other output of equal sizes: some rows' counts round up at a sparser rung."""
+  w = rng.normal(size=(inputs, outputs)) * np.exp(rng.normal(size=outputs))
+  w[:, ::2] = np.sign(w[:, ::2]) * rng.uniform(0.9, 1.1, w[:, ::2].shape)
+  return jnp.asarray(w, jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ('name', 'rates', 'w'),
+  [
+    ('darb', (4.0, 13.0, 64.0), crossing(np.random.default_rng(0), 800, 120)),
+    ('bank', (6.0, 8.0), half_even(np.random.default_rng(25), 200, 50)),
+  ],
+)
+def test_rungs_are_nested_and_lose_nothing_by_it(name, rates, w):
   """Rows fill their blocks inside the survivors of the rung before, whatever their densities did."""
   config = configs.get_config('lenet5')
-  config.rates = (4.0, 13.0, 64.0)
-  params = {'fc1': {'kernel': lenet['fc1']['kernel'][:, :120]}}
+  config.rates = rates
+  params = {'fc1': {'kernel': w}}
   config.prune, config.last = (('fc1/kernel', 1.0),), ''
   _, plans = experiment.ladder(config, name, params, None)
   masks = None

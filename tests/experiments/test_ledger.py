@@ -76,6 +76,13 @@ def test_reached_follows_value_goal_and_direction(metric, value, goal, reached):
   assert make(metric=metric, value=value, goal=goal).reached == reached
 
 
+def test_judged_by_what_is_written():
+  """A rounding error below the goal neither misses it nor makes a row that contradicts itself."""
+  row = make(metric='change', value=0.1 - 0.4, goal=-0.3)
+  assert row.value == -0.3 and row.reached == 'yes'
+  assert ledger.Row.from_cells(row.cells()) == row
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [

@@ -13,8 +13,9 @@ def draw(shape, dtype=np.float32):
 
 
 @pytest.mark.parametrize('shape, size', [((2, 6, 4, 3), 2), ((1, 7, 5, 2), 2), ((2, 9, 10, 1), 3)])
-def test_values_and_gradient_are_those_of_linen_where_nothing_is_equal(shape, size):
-  x = draw(shape)
+@pytest.mark.parametrize('equal', [False, True])
+def test_values_and_gradient_are_those_of_linen(shape, size, equal):
+  x = jnp.maximum(draw(shape), 0.5) if equal else draw(shape)
 
   def loss(pool):
     return lambda x: jnp.sum(pool(x) ** 2 * 0.5)
@@ -25,9 +26,19 @@ def test_values_and_gradient_are_those_of_linen_where_nothing_is_equal(shape, si
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_equal_values_share_the_gradient():
-  x = jnp.zeros((1, 4, 4, 2))
-  np.testing.assert_array_equal(jax.grad(lambda x: max_pool(x).sum())(x), np.full(x.shape, 0.25))
+def test_every_window_has_one_gradient_whatever_the_compiler_works_out_twice():
+  """As after batch norm: values that are made, compared and pooled in one program."""
+  x, scale = draw((2, 8, 8, 3)), jnp.array([[[[1.1, 0.7, 1.3]]]])
+
+  def loss(x):
+    y = jnp.maximum((x - jnp.mean(x, (0, 1, 2), keepdims=True)) * scale + 0.1, 0)
+    return jnp.sum(max_pool(y * scale + y))
+
+  back = jax.jit(jax.grad(lambda x: loss(x)))(x)
+  assert np.isfinite(back).all()
+  ones = jax.jit(jax.grad(lambda x: jnp.sum(max_pool(x * scale + 0.3 * x))))(x)
+  windows = np.asarray(ones).reshape(2, 4, 2, 4, 2, 3)
+  np.testing.assert_array_equal((windows != 0).sum((2, 4)), 1)
 
 
 def test_forward_mode_vmap_and_narrow_types():
