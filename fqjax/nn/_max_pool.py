@@ -44,7 +44,7 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
 
 
 def _first_largest(windows: jax.Array) -> jax.Array:
-  """bool like `windows`: one True in each, at the first of its largest values."""
+  """Marks the first of the largest values of every window: bools like `windows`."""
   size = windows.shape[2]
   # Not `windows == maximum`: a compiler may work the values out twice, rounded differently, and a
   # window without its own maximum would have no gradient at all, or NaN.
