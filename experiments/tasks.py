@@ -86,13 +86,15 @@ def classifier(
     transform: of training images on the host, e.g. `data.pad_crop`.
     eval_transform: of the others, e.g. `data.resize_crop`.
     batch_size: of training, over all devices.
-    eval_batch_size: of scoring and calibration.
+    eval_batch_size: of scoring and calibration; rounded up to a multiple of the devices.
     calibration_images: training images that batch-norm statistics are taken on.
     label_smoothing: of the training loss.
     grey: the network takes one channel.
     workers: processes that decode and augment; 0 does it in this one.
     mesh: devices; all by default.
   """
+  devices = jax.device_count() if mesh is None else mesh.size
+  eval_batch_size = -(-eval_batch_size // devices) * devices
   channels = 1 if grey else None
   shape = (*spec.output_shape[:2], channels or spec.output_shape[-1])
 
