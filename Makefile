@@ -42,6 +42,7 @@ bench: $(BENCH_STAMP)
 	$(PY) -m benchmarks.train_step --json runs/train_step.json
 	$(PY) -m benchmarks.collectives --json runs/collectives.json
 	$(PY) -m benchmarks.sparsity --json runs/sparsity.json
+	$(PY) -m benchmarks.quantize --json runs/quantize.json
 
 # Fails where a row is no row, a command would no longer start, or the README's tables are not made
 # from the rows; a goal that was missed is printed.

@@ -33,6 +33,7 @@ COPY = 'plain copy'
 METRICS = {
   'images/s per core': 'images_per_second',
   'ms per step': 'step_overhead',
+  's': 'duration',
   'programs': 'compilations',
   'bytes per image': 'input_bytes',
   'bytes per step and device': 'collective_bytes',

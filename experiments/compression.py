@@ -6,7 +6,7 @@ every rung of a ladder of plans ADMM, hard projection and retraining of the surv
 statistics are taken anew, on training images, before anything is scored.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 import pathlib
 from typing import Any, NamedTuple
 import zlib
@@ -22,6 +22,9 @@ from experiments.tasks import Task, Variables
 from fqjax import rules, sparsity, train
 
 PyTree = Any
+
+# Of a watched phase without a target; one with a target is looked at with every refresh.
+_LOOKS = 20
 
 
 # ---------------------------------------------------------------------------- recipes
@@ -64,14 +67,14 @@ def check_recipe(name: str, config) -> None:
     raise ValueError(f'config.{name} needs epochs >= 0 and lr > 0')
 
 
-def optimizer(config, length: int, first=None, last=None) -> optax.GradientTransformation:
+def optimizer(config, length: int, first=None, *last) -> optax.GradientTransformation:
   """The chain of a phase.
 
   Args:
     config: a recipe.
     length: steps after which the learning rate starts again; beyond the phase's end it never does.
     first: link before everything, e.g. `rules.admm(...)`.
-    last: link after everything, e.g. `rules.keep_masked(...)`.
+    *last: links after everything, e.g. `rules.keep_masked(...)`.
   """
   shape = optax.cosine_decay_schedule(config.lr, length)
 
@@ -88,7 +91,7 @@ def optimizer(config, length: int, first=None, last=None) -> optax.GradientTrans
     if config.weight_decay
     else None,
     inner,
-    last,
+    *last,
   ]
   return optax.chain(*(link for link in links if link is not None))
 
@@ -118,7 +121,7 @@ class Run(NamedTuple):
 
 
 def phase(
-  run: Run, name: str, variables: Variables, config, *, target=None, held=None
+  run: Run, name: str, variables: Variables, config, *, target=None, held=None, last=None, watch=()
 ) -> Variables:
   """Trains once: plainly, towards a target, or inside masks.
 
@@ -130,16 +133,20 @@ def phase(
       same steps and learning rates.
     target: a plan, or a callable tree -> (tree, masks), that `rules.admm` pulls to.
     held: masks; weights that are False stay at zero.
+    last: link after the optimizer, before that of `held`.
+    watch: functions of the training state that return named numbers for the log.
 
   Returns:
     The trained variables. A finished phase is read from its folder; one that another program is
     training is waited for.
   """
   with alone(run.folder / name):
-    return _phase(run, name, variables, config, target, held)
+    return _phase(run, name, variables, config, target, held, last, watch)
 
 
-def _phase(run: Run, name: str, variables: Variables, config, target, held) -> Variables:
+def _phase(
+  run: Run, name: str, variables: Variables, config, target, held, last, watch
+) -> Variables:
   folder = run.folder / name
   done = folder / 'variables.npz'
   if done.exists():
@@ -147,11 +154,12 @@ def _phase(run: Run, name: str, variables: Variables, config, target, held) -> V
   total = round(config.epochs * run.task.steps_per_epoch)
   if not total:
     return variables
-  length, every, pull, evaluators = -(-total // len(config.get('rho', (0,)))), None, None, ()
+  length, pull, evaluators = -(-total // len(config.get('rho', (0,)))), None, tuple(watch)
+  every = max(1, total // _LOOKS) if watch else None
   if target is not None:
     pull, length, every = admm_link(config, target, total)
-    evaluators = (gaps, *(make(folder) for make in run.watch))
-  tx = optimizer(config, length, pull, None if held is None else rules.keep_masked(held))
+    evaluators += (gaps, *(make(folder) for make in run.watch))
+  tx = optimizer(config, length, pull, last, None if held is None else rules.keep_masked(held))
   # Phases see the data in orders of their own.
   order = zlib.crc32(f'{run.seed} {name}'.encode())
   start = train.create_state(*variables, tx, jax.random.key(order))
@@ -350,8 +358,18 @@ class Sizes(NamedTuple):
 def measure(plan: sparsity.Plan, variables: Variables) -> Sizes:
   """Counts a pruned network; `plan` says in which form each kernel is stored."""
   params, state = variables
-  found = sparsity.sizes(plan, params)
   kernels = {entry.path for entry in plan.entries if len(entry.shape) > 1}
+  return network_sizes(sparsity.sizes(plan, params), kernels, state)
+
+
+def network_sizes(found: sparsity.Sizes, kernels: Set[str], state: PyTree) -> Sizes:
+  """The sizes of a network from those of its arrays.
+
+  Args:
+    found: of the parameters.
+    kernels: paths that count as weights.
+    state: batch-norm statistics and the like, stored as they are.
+  """
   rest = sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
   return Sizes(
     weights=sum(n for path, n in found.weights.items() if path in kernels),

@@ -715,7 +715,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     ),
   ),
   'darb': run_table(
-    'darb/',
+    ('darb',),
     (
       Column('top-1 %', 'top1'),
       Column('perplexity', 'perplexity'),
@@ -746,6 +746,15 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
       Column('agreement %', 'agreement'),
       Column('logit error', 'logit_error'),
       Column('fewer weights, x', 'compression'),
+      Column('fewer bytes, x', 'compression_bytes'),
+    ),
+  ),
+  'quantization': run_table(
+    ('dgms',),
+    (
+      Column('top-1 %', 'top1'),
+      Column('change to dense', 'change'),
+      Column('bits per weight', 'bits_per_weight'),
       Column('fewer bytes, x', 'compression_bytes'),
     ),
   ),

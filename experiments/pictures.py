@@ -76,7 +76,7 @@ def over_time(
   for name, phases in folders.items():
     steps, values, before = [], [], 0
     for folder in phases:
-      rows = _log(folder)
+      rows = log(folder)
       # Before its first refresh a phase knows no gap and says 0.
       seen = [row for row in rows if key in row and row.get('admm/gap', 1) > 0]
       steps += [before + row['step'] for row in seen]
@@ -97,7 +97,7 @@ def over_time(
 def switches(name: str, phases: Sequence[pathlib.Path]) -> list[train.Picture]:
   """Share of kernels that changed their taps between two refreshes, layer by layer."""
   # A phase that went on from a checkpoint looked at some steps twice.
-  looks = [{row['step']: row for row in _log(folder, 'switches.jsonl')} for folder in phases]
+  looks = [{row['step']: row for row in log(folder, 'switches.jsonl')} for folder in phases]
   rows = [row for phase in looks for row in phase.values()]
   if not rows:
     return []
@@ -182,6 +182,7 @@ def _looks(model, layer: str):
   return maps, saliency
 
 
-def _log(folder: pathlib.Path, name: str = 'metrics.jsonl') -> list[dict]:
+def log(folder: pathlib.Path, name: str = 'metrics.jsonl') -> list[dict]:
+  """The lines of a phase's log, none where there is none."""
   path = folder / name
   return train.read_json_lines(path) if path.exists() else []

@@ -23,7 +23,18 @@ _HOME = {
   'select_channels': 'fqjax.ops',
   'channel_subset': 'fqjax.ops',
 }
-_ROOMS = ('data', 'models', 'nn', 'ops', 'rules', 'runtime', 'sparsity', 'tracing', 'train')
+_ROOMS = (
+  'data',
+  'models',
+  'nn',
+  'ops',
+  'quantize',
+  'rules',
+  'runtime',
+  'sparsity',
+  'tracing',
+  'train',
+)
 
 __all__ = [  # noqa: RUF022 (the order of a table of contents)
   '__version__',
@@ -38,6 +49,7 @@ __all__ = [  # noqa: RUF022 (the order of a table of contents)
   'models',
   'nn',
   'ops',
+  'quantize',
   'rules',
   'runtime',
   'sparsity',
@@ -50,6 +62,7 @@ if typing.TYPE_CHECKING:
   from fqjax import models as models
   from fqjax import nn as nn
   from fqjax import ops as ops
+  from fqjax import quantize as quantize
   from fqjax import rules as rules
   from fqjax import runtime as runtime
   from fqjax import sparsity as sparsity

@@ -184,6 +184,29 @@ def test_sparsity_refuses_parts_there_are_not(capsys):
   assert "no 'steps'; parts are step, jaxpruner" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('part', ['step', 'start', 'memory'])
+def test_quantize(part, tmp_path, monkeypatch):
+  from benchmarks import quantize
+
+  written, path = [], tmp_path / 'rows.json'
+  monkeypatch.setattr(ledger, 'append', written.extend)
+  quantize.main(['--only', part, '--small', '--repeats', '2', '--json', str(path), '--record'])
+  rows = check_json(path)
+  goals = {row['name']: row['goal'] for row in rows if row['goal']}
+  if part == 'step':
+    assert goals == {'step/batch 4, K = 16/soft': 1 / 1.3}
+    assert {row.metric for row in written} == {'ratio', 'step_time', 'peak_memory'}
+  if part == 'start':
+    assert goals == {'start/0.0 M weights, K = 16': 20.0}
+    assert [row.metric for row in written] == ['duration'] and written[0].reached == 'yes'
+  if part == 'memory':
+    assert goals == {'memory/batch 32, K = 16/soft': 1 / 1.5}
+    # Tests compile without fusion, so the ratios themselves say nothing here.
+    assert [row.metric for row in written] == ['peak_memory', 'ratio', 'ratio']
+    assert all(0 < ratio <= 1 for ratio in _ratios(rows, part).values() if ratio)
+  assert len(written) == len(rows)
+
+
 def test_the_peer_prunes_as_its_authors_do():
   from benchmarks import magnitude_peer
 
@@ -229,7 +252,7 @@ def test_machine():
 
 
 def test_every_benchmark_takes_the_common_flags(tmp_path):
-  for name in ('collectives', 'input', 'sparsity', 'train_step', 'transforms'):
+  for name in ('collectives', 'input', 'quantize', 'sparsity', 'train_step', 'transforms'):
     module = importlib.import_module(f'benchmarks.{name}')
     args = module.parse_command(['--json', str(tmp_path / 'x.json'), '--record', '--repeats', '3'])
     assert args.record and args.repeats == 3 and args.json.name == 'x.json'

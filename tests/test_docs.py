@@ -13,7 +13,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ROOMS = ('ops', 'data', 'models', 'nn', 'train', 'tracing', 'sparsity', 'rules')
+ROOMS = ('ops', 'data', 'models', 'nn', 'train', 'tracing', 'sparsity', 'quantize', 'rules')
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').glob('*.md'))
 
 

@@ -17,7 +17,7 @@ def blocks():
 
 
 def test_python_blocks_run_from_top_to_bottom(capsys):
-  found = [block for block in blocks() if 'make_plan' not in block]
+  found = [block for block in blocks() if 'make_plan' not in block]  # those stand alone
   assert len(found) >= 2
   # What a reader has before the first line: photographs, and the network's variables.
   images = np.zeros((2, 64, 64, 3), np.uint8)
@@ -35,9 +35,9 @@ def test_python_blocks_run_from_top_to_bottom(capsys):
 
 
 @pytest.mark.promotes('Adam of optax')
-def test_pruning_in_three_lines_needs_nothing_before_it(capsys):
+def test_pruning_and_quantizing_in_three_lines_need_nothing_before_them(capsys):
   pytest.importorskip('sklearn')
-  (block,) = [block for block in blocks() if 'make_plan' in block]
+  (block,) = [block for block in blocks() if 'fq.make_plan' in block]
   assert len(block.splitlines()) < 40
   assert len([line for line in block.splitlines() if 'fq.' in line]) == 3
   names = {}
@@ -46,3 +46,11 @@ def test_pruning_in_three_lines_needs_nothing_before_it(capsys):
   assert kept == {'Dense_0': 64 * 300 // 10, 'Dense_1': 300 * 100 // 10, 'Dense_2': 1000}
   dense, pruned = map(float, capsys.readouterr().out.split())
   assert dense > 0.85 and pruned > dense - 0.03
+
+  # The block below it goes on from here.
+  (block,) = [block for block in blocks() if 'fq.quantize.make_plan' in block]
+  assert len([line for line in block.splitlines() if 'fq.' in line]) == 3
+  exec(compile(block, 'README.md, quantization', 'exec'), names)
+  for layer in names['quantized'].values():
+    assert len(np.unique(layer['kernel'])) <= 8
+  assert float(capsys.readouterr().out.split()[-1]) > dense - 0.03

@@ -38,5 +38,6 @@ def test_the_walk_meets_every_room():
   # Of a file beside the rooms, such as fqjax.files, the name has two parts only.
   rooms = {name.split('.')[1] for name in MODULES if re.match(r'fqjax\.\w+\.', name)}
   assert rooms == {
-    'data', 'models', 'nn', 'ops', 'rules', 'runtime', 'sparsity', 'tracing', 'train',
+    'data', 'exporter', 'models', 'nn', 'ops', 'quantize', 'rules', 'runtime', 'sparsity',
+    'tracing', 'train',
   }  # fmt: skip

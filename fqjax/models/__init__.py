@@ -3,6 +3,8 @@
 from fqjax.models._importers import import_torchvision as import_torchvision
 from fqjax.models._importers import load_cifar_resnet_npz as load_cifar_resnet_npz
 from fqjax.models._importers import load_mobilenet_v2_npz as load_mobilenet_v2_npz
+from fqjax.models._importers_searched import import_proxylessnas as import_proxylessnas
+from fqjax.models._importers_searched import import_timm as import_timm
 from fqjax.models._lstm import LstmCarry as LstmCarry
 from fqjax.models._lstm import LstmLanguageModel as LstmLanguageModel
 from fqjax.models._lstm import create_language_model as create_language_model
@@ -19,6 +21,8 @@ __all__ = [
   'create_model',
   'entry_features',
   'fit_linear',
+  'import_proxylessnas',
+  'import_timm',
   'import_torchvision',
   'list_models',
   'load_cifar_resnet_npz',

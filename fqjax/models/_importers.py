@@ -50,7 +50,7 @@ def import_torchvision(weights: Path | Mapping[str, Any], model: Network) -> dic
       'torchvision weights belong to symmetric padding and norm epsilon 1e-5.\n  Use '
       "create_model('mobilenet_v2', convention='torch')."
     )
-  source = _from_arrays(weights) if isinstance(weights, Mapping) else _from_safetensors(weights)
+  source = _read(weights)
   if isinstance(model, VGG):
     source = _channels_last(source, 'classifier.0.weight', model.image_size // 2 ** len(STAGES))
     return _fill(model, source, _torch_vgg_name(model.batch_norm), model.image_size)
@@ -59,11 +59,11 @@ def import_torchvision(weights: Path | Mapping[str, Any], model: Network) -> dic
 
 
 def load_cifar_resnet_npz(path: Path, model: Network) -> dict[str, Any]:
-  """Reads a ResNet-20 or ResNet-56 for CIFAR-10 from an .npz of PyTorch-named arrays.
+  """Reads a ResNet-20, 32 or 56 for CIFAR-10 from an .npz of PyTorch-named arrays.
 
   Args:
     path: The file, e.g. `cifar10_resnet20.npz`.
-    model: `cifar_resnet20` or `cifar_resnet56`.
+    model: `cifar_resnet20`, `cifar_resnet32` or `cifar_resnet56`.
 
   Returns:
     {'params', 'batch_stats'} of float32 arrays.
@@ -123,6 +123,10 @@ class _Source(NamedTuple):
   label: str
   specs: dict[str, tuple[tuple[int, ...], np.dtype]]
   read: Callable[[str], np.ndarray]
+
+
+def _read(weights: Path | Mapping[str, Any]) -> _Source:
+  return _from_arrays(weights) if isinstance(weights, Mapping) else _from_safetensors(weights)
 
 
 def _from_arrays(arrays: Mapping[str, Any]) -> _Source:
@@ -334,10 +338,11 @@ def _need_rgb(model: Network, caller: str, classes: tuple[type, ...], example: s
   entry = getattr(model, 'entry', None)
   if not isinstance(model, classes) or entry not in ('rgb', None):
     kind = type(model).__name__
+    dct = '; for DCT input, carry the result over with rgb_to_dct_variables'
     raise ValueError(
       f'{caller} fills {" or ".join(c.__name__ for c in classes)} for RGB images, got {kind}'
-      f'{f" for {entry} input" if entry else ""}.\n  Use create_model({example!r}); for DCT input, '
-      'carry the result over with rgb_to_dct_variables.'
+      f'{f" for {entry} input" if entry else ""}.\n  Use create_model({example!r})'
+      f'{dct if isinstance(model, classes) else ""}.'
     )
 
 

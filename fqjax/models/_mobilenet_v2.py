@@ -1,14 +1,13 @@
 """MobileNetV2: inverted residual blocks with depthwise convolutions."""
 
-from collections.abc import Callable
 import math
 from typing import Literal
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
-from fqjax.models._network import DctNetwork, enter, keep_features, layers, leave
+from fqjax.models._inverted_residual import ConvNorm, InvertedResidual, round_channels
+from fqjax.models._network import DctNetwork, enter, layers, leave
 
 # Expansion, channels, blocks, stride of the first block.
 STAGES = (
@@ -44,7 +43,7 @@ class MobileNetV2(DctNetwork):
     x = enter(self, x, train, conv, norm)
     stem = round_channels(32 * self.width)
     if self.entry == 'rgb':
-      x = _ConvNorm(stem, 3, 2, conv, norm, name='features_0')(x, train)
+      x = ConvNorm(stem, 3, 2, conv, norm, name='features_0')(x, train)
 
     index = 1
     for expansion, channels, blocks, first_stride in STAGES:
@@ -55,7 +54,7 @@ class MobileNetV2(DctNetwork):
         # width of the stem it replaces (32 groups of 6). Fewer channels go depthwise.
         if index == 1 and self.entry != 'rgb' and features == 192:
           hidden, groups = stem, math.gcd(features, stem)
-        x = _InvertedResidual(
+        x = InvertedResidual(
           round_channels(channels * self.width),
           first_stride if i == 0 else 1,
           hidden,
@@ -63,65 +62,12 @@ class MobileNetV2(DctNetwork):
           expansion > 1,
           # Raw frequencies are never passed on, even where 16 of them meet 16 outputs.
           residual=index > 1 or self.entry == 'rgb',
-          show=index == 1,
           conv=conv,
           norm=norm,
+          show=index == 1,
           name=f'features_{index}',
         )(x, train)
         index += 1
     last = round_channels(1280 * max(1.0, self.width))
-    x = _ConvNorm(last, 1, 1, conv, norm, name=f'features_{index}')(x, train)
+    x = ConvNorm(last, 1, 1, conv, norm, name=f'features_{index}')(x, train)
     return leave(self, x, 'classifier', nn.initializers.normal(0.01))
-
-
-def round_channels(value: float) -> int:
-  """Rounds to the nearest multiple of 8, at least 8, never down by more than a tenth."""
-  rounded = max(8, int(value + 4) // 8 * 8)
-  return rounded + 8 if rounded < 0.9 * value else rounded
-
-
-def _relu6(x: jax.Array) -> jax.Array:
-  return jnp.minimum(jnp.maximum(x, 0), 6)
-
-
-class _ConvNorm(nn.Module):
-  """Convolution, batch norm, ReLU6."""
-
-  features: int
-  size: int
-  stride: int
-  conv: Callable
-  norm: Callable
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = self.conv(self.features, self.size, self.stride, name='conv')(x)
-    return _relu6(self.norm(name='bn')(x, train))
-
-
-class _InvertedResidual(nn.Module):
-  """1x1 expansion (if any), 3x3 depthwise, linear 1x1 projection."""
-
-  features: int
-  stride: int
-  hidden: int
-  groups: int
-  expand: bool
-  residual: bool
-  show: bool
-  conv: Callable
-  norm: Callable
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    y = x
-    if self.expand:
-      y = self.conv(self.hidden, 1, name='expand')(y)
-      y = _relu6(self.norm(name='expand_bn')(y, train))
-    y = self.conv(self.hidden, 3, self.stride, feature_group_count=self.groups, name='depthwise')(y)
-    y = _relu6(self.norm(name='depthwise_bn')(y, train))
-    if self.show:
-      keep_features(self, y)
-    y = self.conv(self.features, 1, name='project')(y)
-    y = self.norm(name='project_bn')(y, train)
-    return x + y if self.residual and x.shape == y.shape else y

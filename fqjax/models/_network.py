@@ -128,6 +128,16 @@ def enter_image(net: Network, x: jax.Array, *shape: int) -> jax.Array:
   return x.astype(net.dtype)
 
 
+def enter_rgb(net: Network, x: jax.Array) -> jax.Array:
+  """Checks RGB images for a network that halves them five times, and casts them."""
+  if x.ndim != 4 or x.shape[3] != 3 or min(x.shape[1:3]) < 32:
+    raise ValueError(
+      f'this network takes RGB images [n, h, w, 3] of at least 32 x 32, got x: {list(x.shape)}.\n'
+      '  It halves them five times: resize smaller ones first.'
+    )
+  return x.astype(net.dtype)
+
+
 def hidden(
   net: Network, x: jax.Array, features: int, dropout: float, train: bool, name: str, **init: Any
 ) -> jax.Array:

@@ -12,7 +12,8 @@ from fqjax.models._lstm import LANGUAGE_MODEL
 from fqjax.models._mobilenet_v2 import MobileNetV2
 from fqjax.models._network import Network
 from fqjax.models._resnet import CifarResNet, ResNet
-from fqjax.models._vgg import VGG, CifarVGG
+from fqjax.models._searched import MnasNet, ProxylessNas
+from fqjax.models._vgg import VGG, CifarVGG, VGGSmall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _entries() -> dict[str, _Entry]:
     add(name, ResNet, fixed, ('zero_init_residual',), blocks=('stage2_stride',))
   add('mobilenet_v2', MobileNetV2, {}, ('width', 'convention'))
   cifar = {'num_classes': 10, 'block': 4}
-  for name, blocks in (('cifar_resnet20', 3), ('cifar_resnet56', 9)):
+  for name, blocks in (('cifar_resnet20', 3), ('cifar_resnet32', 5), ('cifar_resnet56', 9)):
     options = ('width', 'zero_init_residual')
     add(name, CifarResNet, {'blocks': blocks}, options, cifar, rgb=('stem_stride',))
   fixed = {'stages': (2, 2, 2, 2), 'cifar_stem': True}
@@ -68,6 +69,9 @@ def _entries() -> dict[str, _Entry]:
     ('alexnet', AlexNet, 1000, ('dropout', 'dtype')),
     ('vgg16', VGG, 1000, ('batch_norm', 'dropout', *_COMMON)),
     ('cifar_vgg16', CifarVGG, 10, ('width', *_COMMON)),
+    ('vgg_small', VGGSmall, 10, ('width', *_COMMON)),
+    ('mnasnet_a1', MnasNet, 1000, ('width', 'convention', *_COMMON)),
+    ('proxylessnas_mobile', ProxylessNas, 1000, _COMMON),
   ):
     entries[name] = _Entry(cls, {}, {'num_classes': num_classes}, options)
   return entries
@@ -94,8 +98,9 @@ def create_model(name: str, *, num_classes: int | None = None, **options: Any) -
   CIFAR ResNets: 8 x 8 from 4 x 4 blocks of 32). `NAME_patchify` is its equal-cost control: RGB
   images of full size through one `block` x `block` / `block` convolution and a batch norm.
 
-  `cifar_vgg16` takes RGB images only. The others of the pruning papers take one size: `lenet5`
-  [n, 28, 28, 1], `alexnet` [n, 227, 227, 3], `vgg16` [n, 224, 224, 3].
+  The others take images only: `mnasnet_a1`, `proxylessnas_mobile` (224 x 224 as published) and
+  `cifar_vgg16` of any size from 32 x 32, the rest of one size: `lenet5` [n, 28, 28, 1], `vgg_small`
+  [n, 32, 32, 3], `alexnet` [n, 227, 227, 3], `vgg16` [n, 224, 224, 3].
 
   `model.apply(variables, x, train=False)` returns float32 logits [n, num_classes]; collections
   `params` and, with batch norm, `batch_stats`. Training needs `train=True`,
@@ -104,14 +109,15 @@ def create_model(name: str, *, num_classes: int | None = None, **options: Any) -
 
   Args:
     name: See `list_models`.
-    num_classes: 1000 if None, 10 for LeNet-5 and the CIFAR networks.
+    num_classes: 1000 if None, 10 for LeNet-5, VGG-small and the CIFAR networks.
     **options: Those the name takes. All: `dtype` (of the computation, e.g. jnp.bfloat16). With
       batch norm: `norm_groups`, `norm_momentum`. `_dct`: `channels`, `gate` (True or 'global'),
       `gate_sample_at_eval`. `_patchify`: `channels`, `block`. ResNets: `zero_init_residual`; of
       64 channels, with DCT or patchify, `stage2_stride` (2, or 1 as in the paper's public code).
-      MobileNetV2: `width`, `convention` ('torch' or 'tf': padding and norm epsilon of the weights'
-      origin). CIFAR: `width`; ResNet-20 and 56 for RGB `stem_stride`. LeNet-5, AlexNet, VGG-16:
-      `dropout` of the hidden dense layers (0; published: 0.5). VGG-16: `batch_norm` (False).
+      MobileNetV2, MnasNet: `width`, `convention` ('torch' or 'tf': padding and norm epsilon of the
+      weights' origin). CIFAR, VGG-small: `width`; ResNet-20, 32, 56 for RGB `stem_stride`. LeNet-5,
+      AlexNet, VGG-16: `dropout` of the hidden dense layers (0; published: 0.5). VGG-16:
+      `batch_norm` (False).
 
   Raises:
     ValueError: An unknown name, an option the network does not take, or a value it cannot have.
@@ -122,7 +128,7 @@ def create_model(name: str, *, num_classes: int | None = None, **options: Any) -
     >>> variables['params']['layer1_0']['conv1']['kernel'].shape
     (3, 3, 6, 16)
 
-  Source: arXiv 1512.03385, 1801.04381, 2002.12416; of the networks of one size their classes.
+  Source: arXiv 1512.03385, 1801.04381, 2002.12416; of the others their classes.
   """
   if name == LANGUAGE_MODEL:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Residual networks: ResNet-18/34/50/101 for ImageNet, ResNet-18/20/56 for CIFAR."""
+"""Residual networks: ResNet-18/34/50/101 for ImageNet, ResNet-18/20/32/56 for CIFAR."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class ResNet(DctNetwork):
 
 
 class CifarResNet(DctNetwork):
-  """ResNet-20/56 for 32 x 32 images, see `create_model`.
+  """ResNet-20/32/56 for 32 x 32 images, see `create_model`.
 
   Where a stage begins with stride 2 the shortcut takes every second pixel and pads the new
   channels with zeros, half in front and half behind. A DCT map replaces the stem and enters the

@@ -9,6 +9,10 @@ from fqjax.rules._dynamic import set_ as set_
 from fqjax.rules._dynamic import static_sparse as static_sparse
 from fqjax.rules._keep_masked import KeepMaskedState as KeepMaskedState
 from fqjax.rules._keep_masked import keep_masked as keep_masked
+from fqjax.rules._keep_ranges import keep_ranges as keep_ranges
+from fqjax.rules._mapping import MappingState as MappingState
+from fqjax.rules._mapping import mapped_share as mapped_share
+from fqjax.rules._mapping import progressive_mapping as progressive_mapping
 from fqjax.rules._masks_of import check_chain as check_chain
 from fqjax.rules._masks_of import mask_averages as mask_averages
 from fqjax.rules._masks_of import masks_of as masks_of
@@ -20,6 +24,8 @@ from fqjax.rules._projection import frozen as frozen
 from fqjax.rules._pruned import PrunedState as PrunedState
 from fqjax.rules._pruned import masked_retraining as masked_retraining
 from fqjax.rules._recalibrate import recalibrate as recalibrate
+from fqjax.rules._refresh import RefreshState as RefreshState
+from fqjax.rules._refresh import refresh_codebooks as refresh_codebooks
 from fqjax.rules._scheduled import gradual as gradual
 from fqjax.rules._scheduled import one_shot as one_shot
 from fqjax.rules._scheduled import polynomial as polynomial
@@ -29,7 +35,9 @@ from fqjax.rules._tree import apply_masks as apply_masks
 __all__ = [
   'AdmmState',
   'KeepMaskedState',
+  'MappingState',
   'PrunedState',
+  'RefreshState',
   'Rung',
   'admm',
   'apply_masks',
@@ -39,14 +47,18 @@ __all__ = [
   'frozen',
   'gradual',
   'keep_masked',
+  'keep_ranges',
   'ladder',
+  'mapped_share',
   'mask_averages',
   'masked_retraining',
   'masks_of',
   'one_shot',
   'polynomial',
   'progressive',
+  'progressive_mapping',
   'recalibrate',
+  'refresh_codebooks',
   'reset_duals',
   'rigl',
   'set_',

@@ -192,7 +192,7 @@ def project(plan: Plan, params, *, saliency=None, frozen=None):
      [ 0. -4.]] None
   """
   leaves, treedef = _tree.flatten(params)
-  _check_model(plan, leaves)
+  check_model(plan, leaves)
   pruned = {entry.path: entry for entry in plan.pruned}
   scores = {} if saliency is None else _tree.by_path(saliency, leaves, 'saliency', pruned)
   dead = {} if frozen is None else _tree.by_path(frozen, leaves, 'frozen', ())
@@ -250,7 +250,8 @@ def pool_count(entries: Sequence[Entry]) -> int:
   return max(least, keep_count(pool.keep, sum(e.size for e in entries), pool.rounding))
 
 
-def _check_model(plan: Plan, leaves):
+def check_model(plan, leaves):
+  """Raises ValueError unless a plan, of this kind or another, is of the model of these leaves."""
   shapes = {path: tuple(x.shape) for path, x in leaves.items() if _tree.is_array(x)}
   for entry in plan.entries:
     if entry.path not in shapes:
@@ -326,16 +327,21 @@ def describe(plan: Plan) -> str:
   """
   head = ('layer', 'shape', 'layout', 'gets', '', 'kept', 'why')
   rows = [_row(entry) for entry in plan.entries]
-  widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+  return '\n'.join([*table([head, *rows], right=(4, 5)), _totals(plan), *plan.notes])
+
+
+def table(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
+  """Lines of a table, the head first and between rules; columns in `right` end flush."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(
-      cell.rjust(width) if i in (4, 5) else cell.ljust(width)
+      cell.rjust(width) if i in right else cell.ljust(width)
       for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ).rstrip()
-    for row in (head, *rows)
+    for row in rows
   ]
   rule = '-' * max(map(len, lines))
-  return '\n'.join([lines[0], rule, *lines[1:], rule, _totals(plan), *plan.notes])
+  return [lines[0], rule, *lines[1:], rule]
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

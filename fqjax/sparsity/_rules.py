@@ -28,6 +28,31 @@ _CELLS = re.compile(r'.*(lstm|gru).*', re.IGNORECASE)
 _KINDS = ('first', 'last', 'depthwise')
 
 
+class Words(NamedTuple):
+  """How one kind of plan speaks of what it does to a leaf.
+
+  Attributes:
+    done: 'never pruned'.
+    does: 'rule 1 prunes nothing'.
+    stays: what a leaf is that gets nothing.
+    thing: what a rule gives.
+    example: a rule that would do.
+    option: the keyword that names kinds of layers which get nothing.
+    harm: why weights that are not finite are refused.
+  """
+
+  done: str = 'pruned'
+  does: str = 'prunes'
+  stays: str = 'dense'
+  thing: str = 'structure'
+  example: str = "('.*/kernel', Unstructured(keep=0.1))"
+  option: str = 'dense'
+  harm: str = 'no order of magnitudes exists'
+
+
+PRUNING = Words()
+
+
 class Claim(NamedTuple):
   """A leaf and what the rules say of it.
 
@@ -55,11 +80,12 @@ def assign(
   protect: Sequence[tuple[str, str]],
   dense: Sequence[str],
   layers: Mapping[str, Layer] | None,
+  words: Words = PRUNING,
 ) -> tuple[list[Claim], tuple[str, ...]]:
   """Gives every array of `params` its rule; also the paths of leaves that are no arrays."""
-  rules = _parse_rules(rules)
+  rules = _parse_rules(rules, words)
   layouts = _parse_layouts(LAYOUTS if layout is None else layout)
-  _check_dense(dense, layers)
+  _check_dense(dense, layers, words)
   leaves, _ = _tree.flatten(params)
   arrays = {path: leaf for path, leaf in leaves.items() if _tree.is_array(leaf)}
   if layers is not None and not set(layers) & set(arrays):
@@ -71,7 +97,7 @@ def assign(
   claims, taken = [], {name: [] for name, *_ in rules}
   for path, leaf in arrays.items():
     rule = next((r for r in rules if r[1].fullmatch(path)), None)
-    claim = _decide(path, leaf, rule, layouts, protect, dense, layers, ends)
+    claim = _decide(path, leaf, rule, layouts, protect, dense, layers, ends, words)
     claims.append(claim)
     if rule is not None:
       taken[rule[0]].append(claim)
@@ -80,13 +106,13 @@ def assign(
       raise ValueError(_unused(name, pattern, rules, arrays))
     if value is not None and all(claim.value is None for claim in taken[name]):
       raise ValueError(
-        f'{name} prunes nothing: {_some_reasons(taken[name])}. Allow it by dense=() or protect=(), '
-        'or drop the rule.'
+        f'{name} {words.does} nothing: {_some_reasons(taken[name])}. Allow it by {words.option}=() '
+        'or protect=(), or drop the rule.'
       )
   return claims, tuple(path for path in leaves if path not in arrays)
 
 
-def _decide(path, leaf, rule, layouts, protect, dense, layers, ends) -> Claim:
+def _decide(path, leaf, rule, layouts, protect, dense, layers, ends, words: Words) -> Claim:
   def stays(reason):
     return Claim(path, leaf, '', None, reason, rule[0] if rule else '')
 
@@ -94,31 +120,31 @@ def _decide(path, leaf, rule, layouts, protect, dense, layers, ends) -> Claim:
     return stays(f'{leaf.dtype}: no weights')
   for pattern, reason in protect:
     if re.fullmatch(pattern, path, re.IGNORECASE) and not _multiplied_table(reason, path, layers):
-      return stays(f'{reason}: never pruned')
+      return stays(f'{reason}: never {words.done}')
   if leaf.ndim < 2:
-    return stays('vector: never pruned' if leaf.ndim else 'scalar: never pruned')
+    return stays(f'{"vector" if leaf.ndim else "scalar"}: never {words.done}')
   if rule is None:
     return stays('no rule selects it')
   name, _, value, layout = rule
   if value is None:
-    return stays(f'{name}: dense')
+    return stays(f'{name}: {words.stays}')
   if 0 in leaf.shape:
     return stays('empty')
   if not layout and leaf.ndim not in layouts:
     raise ValueError(
       f'{path!r} {list(leaf.shape)} ({name}) has rank {leaf.ndim}, for which no layout is named; '
-      f"add it to layout= or to the rule: (regex, structure, 'DHWIO')."
+      f"add it to layout= or to the rule: (regex, {words.thing}, 'DHWIO')."
     )
   layout = layout or layouts[leaf.ndim]
   try:
     o, i, m = kernel_shape(leaf.shape, layout)
   except ValueError as e:
     raise ValueError(f'{path!r} ({name}): {e}') from None
-  _check_traced(path, leaf, layout, layers)
+  _check_traced(path, leaf, layout, layers, words)
   kinds, notes = _look(path, (o, i, m), bool(axes(layout, leaf.ndim)[2]), layers, ends)
   for kind in _KINDS:
     if kind in kinds and kind in dense:
-      return stays(f'{kinds[kind]}: left dense')
+      return stays(f'{kinds[kind]}: left {words.stays}')
   return Claim(path, leaf, layout, value, '; '.join([name, *kinds.values(), *notes]), name)
 
 
@@ -156,12 +182,12 @@ def _multiplied_table(reason: str, path: str, layers) -> bool:
   return reason == 'embedding table' and layers is not None and path in layers
 
 
-def _check_traced(path, leaf, layout, layers):
+def _check_traced(path, leaf, layout, layers, words: Words):
   traced = layers[path].layout if layers and path in layers else ''
   if traced and len(traced) == leaf.ndim and axes(traced, leaf.ndim) != axes(layout, leaf.ndim):
     raise ValueError(
       f'{path!r} {list(leaf.shape)} is read as {traced} by the traced function, not as {layout}; '
-      f'name it: (regex, structure, {traced!r}), or layout={{{leaf.ndim}: {traced!r}}}.'
+      f'name it: (regex, {words.thing}, {traced!r}), or layout={{{leaf.ndim}: {traced!r}}}.'
     )
 
 
@@ -213,7 +239,7 @@ def is_structure(value) -> bool:
   return not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 
-def check_values(claim: Claim):
+def check_values(claim: Claim, words: Words = PRUNING):
   """Raises ValueError for weights that are not finite; abstract ones pass."""
   w = claim.leaf
   if not _tree.has_values(w):
@@ -222,19 +248,19 @@ def check_values(claim: Claim):
   finite = (np if getattr(w, 'is_fully_addressable', True) else jnp).isfinite(w)
   if not bool(finite.all()):
     raise ValueError(
-      f'{claim.path!r} holds NaN or infinite weights; no order of magnitudes exists. Restore a '
+      f'{claim.path!r} holds NaN or infinite weights; {words.harm}. Restore a '
       'checkpoint from before they appeared.'
     )
 
 
-def _parse_rules(rules) -> list[tuple[str, re.Pattern, Any, str]]:
+def _parse_rules(rules, words: Words) -> list[tuple[str, re.Pattern, Any, str]]:
   if isinstance(rules, Mapping):
-    raise ValueError('rules are an ordered list of (regex, structure) pairs, not a dict.')
+    raise ValueError(f'rules are an ordered list of (regex, {words.thing}) pairs, not a dict.')
   parsed = []
   for number, rule in enumerate(rules, 1):
     if not isinstance(rule, tuple | list) or len(rule) not in (2, 3):
       raise ValueError(
-        f'rule {number}, {rule!r}, must be (regex, structure) or (regex, structure, layout).'
+        f'rule {number}, {rule!r}, must be (regex, {words.thing}) or (regex, {words.thing}, layout).'
       )
     try:
       pattern = re.compile(rule[0])
@@ -243,7 +269,7 @@ def _parse_rules(rules) -> list[tuple[str, re.Pattern, Any, str]]:
     layout = rule[2] if len(rule) == 3 else ''
     parsed.append((f'rule {number} {pattern.pattern!r}', pattern, rule[1], layout))
   if not parsed:
-    raise ValueError("no rules; give at least one, e.g. ('.*/kernel', Unstructured(keep=0.1)).")
+    raise ValueError(f'no rules; give at least one, e.g. {words.example}.')
   return parsed
 
 
@@ -257,12 +283,12 @@ def _parse_layouts(layout: Mapping) -> dict[int, str]:
   return layouts
 
 
-def _check_dense(dense, layers):
+def _check_dense(dense, layers, words: Words):
   if isinstance(dense, str) or not set(dense) <= set(_KINDS):
-    raise ValueError(f'dense={dense!r} must be a tuple of some of {_KINDS}.')
+    raise ValueError(f'{words.option}={dense!r} must be a tuple of some of {_KINDS}.')
   if layers is None and {'first', 'last'} & set(dense):
     raise ValueError(
-      f'dense={dense!r}: a tree does not tell which layer is first or last; pass '
+      f'{words.option}={dense!r}: a tree does not tell which layer is first or last; pass '
       'layers=trace_layers(apply_fn, params, inputs).'
     )
 

@@ -161,6 +161,17 @@ class Stored(NamedTuple):
   view: str
   encoded: Any
 
+  def bits(self, value_bits: int | None = None, zero_bits: int | None = None) -> codecs.Bits:
+    """What the form costs; arguments as in `cheapest`.
+
+    Args:
+      value_bits: bits per value.
+      zero_bits: bits per value where zeros (fillers, dead weights of a live block) are stored too.
+    """
+    if zero_bits is not None and not np.all(self.encoded.values):
+      value_bits = zero_bits
+    return codec_of(self.encoded).bits(self.encoded, value_bits)
+
   def decode(self, layout: str, shape: tuple[int, ...], dtype=None) -> np.ndarray:
     """The array again, bit for bit.
 
@@ -173,7 +184,7 @@ class Stored(NamedTuple):
     return VIEWS[self.view][1](array if dtype is None else array.view(dtype), layout, shape)
 
 
-def cheapest(w, layout: str, value_bits: int | None = None) -> Stored:
+def cheapest(w, layout: str, value_bits: int | None = None, zero_bits: int | None = None) -> Stored:
   """The smallest stored form of an array, found by looking at its zeros alone.
 
   For networks pruned elsewhere, of which no plan is known. Tried are dense, bitmask, relative and CSR
@@ -184,6 +195,8 @@ def cheapest(w, layout: str, value_bits: int | None = None) -> Stored:
     w: array of any real dtype, on the host.
     layout: one capital per axis, e.g. 'HWIO'.
     value_bits: bits per value to count; those of the dtype by default.
+    zero_bits: bits per value of a form that stores zeros among its values, which then need a code
+      of their own; `value_bits` by default.
 
   Returns:
     The `Stored` form of least bits; of equal ones the plainest.
@@ -202,16 +215,19 @@ def cheapest(w, layout: str, value_bits: int | None = None) -> Stored:
   o, i, m = kernel_shape(w.shape, layout)
   arrays = {name: np.ascontiguousarray(view(w, layout)) for name, (view, _) in VIEWS.items()}
   best = Stored('dense', 'rows', codecs.dense.encode(arrays['rows']))
-  least = codecs.dense.bits(best.encoded, value_bits).total
+  if np.all(w):
+    return best  # nothing to leave away
+  least = best.bits(value_bits, zero_bits).total
   for name, view, settings in _tries(arrays, o, i, m):
     codec = codecs.CODECS[name]
     try:
       encoded = codec.encode(arrays[view], **settings)
     except ValueError:
       continue  # not of this form
-    total = codec.bits(encoded, value_bits).total
+    stored = Stored(name, view, encoded)
+    total = stored.bits(value_bits, zero_bits).total
     if total < least:
-      best, least = Stored(name, view, encoded), total
+      best, least = stored, total
   return best
 
 

@@ -65,7 +65,14 @@ def evaluate_node(node: Node, arrays: Sequence[Any], batch: int | None = None) -
 
   Returns:
     Its outputs.
+
+  Raises:
+    ValueError: integer arithmetic, which is NumPy's: `fqjax.runtime.reference.run`.
   """
+  if node.op not in _RUN:
+    raise ValueError(
+      f'{node.op} is integer arithmetic; run the graph with fqjax.runtime.reference.run.'
+    )
   attributes = {
     key: dims.bind(value, batch) if oplist.OPS[node.op].attributes[key] == 'a shape' else value
     for key, value in node.attributes.items()
@@ -125,6 +132,11 @@ def _gather(
   return lax.gather(x, where, numbers, sizes, mode=mode)
 
 
+def _clamp(x, low, high) -> jax.Array:
+  x = x if low is None else lax.max(x, jnp.asarray(low, x.dtype))
+  return x if high is None else lax.min(x, jnp.asarray(high, x.dtype))
+
+
 def _round(x, halves) -> jax.Array:
   methods = lax.RoundingMethod
   return lax.round(x, methods.TO_NEAREST_EVEN if halves == 'even' else methods.AWAY_FROM_ZERO)
@@ -142,6 +154,7 @@ _RUN: dict[str, Callable] = {
   'integer_pow': lambda x, exponent: lax.integer_pow(x, exponent),
   'round': _round,
   'is_finite': lax.is_finite,
+  'clamp': _clamp,
   'select': _select,
   'cast': lambda x, dtype: lax.convert_element_type(x, jnp.dtype(dtype)),
   **{op: getattr(lax, op) for op in oplist.REDUCE},

@@ -1,4 +1,4 @@
-"""LeNet-5, AlexNet, VGG-16: sizes as published, values as an oracle's."""
+"""LeNet-5, AlexNet, VGG-16, VGG-small: sizes as published, values as an oracle's."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ import pytest
 from fqjax.models import create_model, entry_features, import_torchvision
 from fqjax.models._alexnet import AlexNet
 from fqjax.models._lenet import LeNet5
-from fqjax.models._vgg import VGG, CifarVGG
+from fqjax.models._vgg import VGG, CifarVGG, VGGSmall
 from fqjax.sparsity import trace_layers
 from fqjax.tracing import summary, to_graph
 from tests.models import reference
@@ -32,6 +32,7 @@ SIZES = {
   'alexnet': Size((227, 227, 3), 60_965_224, 60_954_656, 665_784_864, 724_406_816),
   'vgg16': Size((224, 224, 3), 138_357_544, 138_344_128, 15_346_630_656, 15_470_264_320),
   'cifar_vgg16': Size((32, 32, 3), 14_724_042, VGG_CONVS + 5_120, 313_196_544, 313_201_664),
+  'vgg_small': Size((32, 32, 3), 4_660_106, 4_656_512, 607_518_720, 607_600_640),
   'cifar_resnet18': Size((32, 32, 3), 11_173_962, 11_164_352, 555_417_600, 555_422_720),
 }
 
@@ -113,6 +114,11 @@ def test_names_and_shapes():
   assert vgg['fc6'] == (25088, 4096) and vgg['fc8'] == (4096, 1000)
   narrow = kernels('cifar_vgg16', width=0.25, num_classes=7)
   assert narrow['conv1_1'] == (3, 3, 3, 16) and narrow['fc'] == (128, 7)
+  assert kernels('vgg_small') == {
+    'conv1_1': (3, 3, 3, 128), 'conv1_2': (3, 3, 128, 128), 'conv2_1': (3, 3, 128, 256),
+    'conv2_2': (3, 3, 256, 256), 'conv3_1': (3, 3, 256, 512), 'conv3_2': (3, 3, 512, 512),
+    'fc': (8192, 10),
+  }  # fmt: skip
   narrow = kernels('cifar_resnet18', width=0.25)
   assert narrow['conv1'] == (3, 3, 3, 16) and narrow['layer4_1/conv2'] == (3, 3, 128, 128)
 
@@ -185,6 +191,31 @@ def alexnet(x, params):
   return dense(reference.relu(dense(x, params, 'fc7')), params, 'fc8')
 
 
+def test_vgg_small_equals_the_oracle(x64):
+  model = VGGSmall(width=1 / 16, dtype=jnp.float64)
+  variables, x = numbers(model, 2, 32, 32, 3), np.random.default_rng(1).normal(size=(2, 32, 32, 3))
+  params, stats = variables['params'], variables['batch_stats']
+  for name in stats:  # behind a pool a scale below zero is another function than before it
+    params[name]['scale'] = params[name]['scale'].at[::2].multiply(-1)
+
+  def norm(x, name):
+    state = {f'{name}.weight': params[name]['scale'], f'{name}.bias': params[name]['bias']}
+    state |= {f'{name}.running_{leaf}': stats[name][leaf] for leaf in ('mean', 'var')}
+    return reference.relu(reference.norm(x, state, name))
+
+  want = x.transpose(0, 3, 1, 2)
+  for stage in '123':
+    first, second = (
+      np.asarray(params[f'conv{stage}_{i}']['kernel'], np.float64).transpose(3, 2, 0, 1)
+      for i in '12'
+    )
+    want = norm(reference.conv(want, first), f'bn{stage}_1')
+    want = norm(pool(reference.conv(want, second), 2, 2), f'bn{stage}_2')
+  want = dense(want, params, 'fc')
+  got = jax.jit(model.apply)(variables, x)
+  np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
 @pytest.mark.parametrize(
   ('model', 'oracle', 'shape'),
   [
@@ -244,6 +275,7 @@ def test_dropout_acts_in_training_only():
       marks=pytest.mark.full,
     ),
     (CifarVGG(width=1 / 16), (8, 32, 32, 3)),
+    (VGGSmall(width=1 / 16), (8, 32, 32, 3)),
   ],
 )
 def test_a_training_step_reaches_every_parameter(model, shape):
@@ -267,10 +299,10 @@ def test_a_training_step_reaches_every_parameter(model, shape):
   grads, state = gradients(variables, x)
   for path, gradient in leaves({'params': grads}).items():
     assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 0, path
-  assert ('batch_stats' in state) == isinstance(model, CifarVGG)
+  assert ('batch_stats' in state) == isinstance(model, (CifarVGG, VGGSmall))
 
 
-@pytest.mark.parametrize('name', ['lenet5', 'alexnet', 'vgg16', 'cifar_vgg16'])
+@pytest.mark.parametrize('name', ['lenet5', 'alexnet', 'vgg16', 'cifar_vgg16', 'vgg_small'])
 def test_bfloat16_policy(name):
   model = create_model(name, dtype=jnp.bfloat16)
   x = jax.ShapeDtypeStruct((2, *SIZES[name].shape), jnp.float32)
@@ -306,6 +338,7 @@ def test_alexnet_starts_as_published():
     ('lenet5', (28, 28, 1), r'got x: \[28, 28, 1\]'),
     ('alexnet', (1, 224, 224, 3), r'images \[n, 227, 227, 3\], got .*\n  Its dense layers fix the'),
     ('vgg16', (1, 32, 32, 3), r'images \[n, 224, 224, 3\], got x: \[1, 32, 32, 3\]'),
+    ('vgg_small', (1, 28, 28, 3), r'images \[n, 32, 32, 3\], got x: \[1, 28, 28, 3\]'),
     ('cifar_vgg16', (1, 28, 32, 3), r'at least 32 x 32, got x: \[1, 28, 32, 3\]'),
     ('cifar_vgg16', (1, 32, 32, 1), r'RGB images .* got x: \[1, 32, 32, 1\]'),
   ],

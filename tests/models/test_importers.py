@@ -144,6 +144,14 @@ def test_cifar_forward_equals_the_oracle(x64, tmp_path):
   check(model, variables, reference.resnet(state, x.transpose(0, 3, 1, 2), (3, 3, 3), True), x)
 
 
+def test_names_and_shapes_of_cifar_resnet32(tmp_path):
+  state = reference.resnet_state((5, 5, 5), classes=10, cifar=True)
+  np.savez(tmp_path / 'weights.npz', **{k: v for k, v in state.items() if 'tracked' not in k})
+  variables = load_cifar_resnet_npz(tmp_path / 'weights.npz', create_model('cifar_resnet32'))
+  last = variables['params']['layer3_4']['conv2']['kernel']
+  np.testing.assert_array_equal(last, state['layer3.4.conv2.weight'].transpose(2, 3, 1, 0))
+
+
 def test_names_a_torchvision_user_knows(small_state):
   assert {
     'conv1.weight',

@@ -20,11 +20,14 @@ FAMILIES = {
   'resnet101': 44_549_160,
   'mobilenet_v2': 3_504_872,
   'cifar_resnet20': 269_722,
+  'cifar_resnet32': 464_154,
   'cifar_resnet56': 853_018,
   'cifar_resnet18': 11_173_962,
 }
 VARIANTS = sorted(name + suffix for name in FAMILIES for suffix in ('', '_dct', '_patchify'))
-ONE_SIZE = ('alexnet', 'cifar_vgg16', 'lenet5', 'vgg16')  # in test_classics.py
+# In test_classics.py and test_searched.py.
+RGB_ONLY = ('alexnet', 'cifar_vgg16', 'lenet5', 'vgg16', 'vgg_small')
+RGB_ONLY += ('mnasnet_a1', 'proxylessnas_mobile')
 
 
 @functools.cache
@@ -65,14 +68,14 @@ def count(variables):
 
 
 def test_names():
-  assert list_models() == sorted([*VARIANTS, *ONE_SIZE])
+  assert list_models() == sorted([*VARIANTS, *RGB_ONLY])
   assert list_models('*20_d*') == ['cifar_resnet20_dct']
   assert list_models('nothing') == []
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_parameters_of_the_rgb_networks(name):
-  # torchvision's counts, and the CIFAR paper's 0.27 M and 0.85 M.
+  # torchvision's counts, and the CIFAR paper's 0.27 M, 0.46 M and 0.85 M.
   model = create_model(name)
   assert model.num_classes == (10 if 'cifar' in name else 1000)
   variables, _, logits = shapes_of(model, 2, 64, 64, 3)
@@ -84,7 +87,7 @@ def test_parameters_of_the_rgb_networks(name):
   'name',
   [
     pytest.param(
-      name, marks=pytest.mark.full if re.search('34|101|56|cifar_resnet18', name) else ()
+      name, marks=pytest.mark.full if re.search('34|101|32|56|cifar_resnet18', name) else ()
     )
     for name in VARIANTS
   ],

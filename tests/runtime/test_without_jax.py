@@ -12,7 +12,8 @@ for name in blocked:
   sys.modules[name] = None  # importing it raises ImportError
 import numpy as np
 import fqjax.runtime
-from fqjax.runtime import codecs
+from fqjax.runtime import codecs, reference
+assert reference.quantize(np.float32([1.5]), 1.0, 3).tolist() == [5]
 w = np.zeros((2, 4, 9), np.float32)
 w[:, ::2, [0, 1, 3, 4]] = 1
 for name, codec in codecs.CODECS.items():

@@ -1,0 +1,1 @@
+"""From a traced graph to what is stored and run."""

@@ -1,0 +1,68 @@
+"""ReLU and its relatives as one node."""
+
+import dataclasses
+
+import numpy as np
+
+from fqjax.runtime.graph import Graph, Node, consumers, without_dead
+
+
+def fuse_activations(graph: Graph) -> Graph:
+  """Writes `max` and `min` with one number as `clamp`: ReLU has low 0, ReLU6 high 6 besides.
+
+  Args:
+    graph: any; the numbers must be constants.
+
+  Returns:
+    The graph with the same results, bit for bit.
+
+  Example:
+    >>> from fqjax.tracing import to_graph
+    >>> traced = to_graph(lambda p, x: jax.nn.relu6(x), {}, jnp.ones((1, 2)))
+    >>> print(*fuse_activations(traced.graph).nodes)
+    clamp(input) low=0.0 high=6.0
+  """
+  nodes = [_clamp(graph, node) or node for node in graph.nodes]
+  readers = consumers(graph)
+  dropped: set[int] = set()
+  for i, node in enumerate(nodes):
+    if i in dropped or node.op != 'clamp':
+      continue
+    [out] = node.outputs
+    while out not in graph.outputs and len(readers[out]) == 1:
+      [j] = readers[out]
+      joined = _joined(nodes[i], nodes[j])
+      if joined is None:
+        break
+      # It moves up to the first: nothing between the two reads what the second writes.
+      nodes[i] = joined
+      dropped.add(j)
+      [out] = joined.outputs
+  kept = tuple(node for i, node in enumerate(nodes) if i not in dropped)
+  return without_dead(dataclasses.replace(graph, nodes=kept))
+
+
+def _clamp(graph: Graph, node: Node) -> Node | None:
+  if node.op not in ('max', 'min') or graph.tensors[node.outputs[0]].dtype != 'float32':
+    return None
+  for name, other in (node.inputs, node.inputs[::-1]):
+    limit = graph.constants.get(other)
+    if limit is None or limit.size != 1 or not np.isfinite(limit).all():
+      continue
+    if graph.tensors[name].shape == graph.tensors[node.outputs[0]].shape:
+      low, high = (limit.item(), None) if node.op == 'max' else (None, limit.item())
+      return Node('clamp', (name,), node.outputs, {'low': low, 'high': high}, node.scope)
+  return None
+
+
+def _joined(first: Node, second: Node) -> Node | None:
+  """Two clamps as one where each brings another limit and they leave something between them."""
+  if second.op != 'clamp':
+    return None
+  a, b = dict(first.attributes), dict(second.attributes)
+  if any(a[key] is not None and b[key] is not None for key in a):
+    return None
+  both = {key: b[key] if a[key] is None else a[key] for key in a}
+  if None not in both.values() and both['low'] > both['high']:
+    return None
+  return second._replace(inputs=first.inputs, attributes=both)
