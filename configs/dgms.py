@@ -50,9 +50,6 @@ def base(network: str = 'resnet20') -> ml_collections.ConfigDict:
   config.edges = ('conv1(_1)?/kernel', 'fc/kernel')  # regexes of the first and the last layer
 
   config.dense.epochs = min(config.dense.epochs, 15.0)
-  config.distill = ml_collections.ConfigDict()  # the dense network teaches the quantized ones
-  config.distill.share = 0.0  # of the loss; 0: it does not
-  config.distill.temperature = 4.0
   # A mixture's phases, those of levels by ADMM, and straight-through: as many epochs each.
   config.soft = recipe(lr=0.01, epochs=5.0, weight_decay=5e-4, clip=1.0)
   config.hard = recipe(lr=0.002, epochs=1.0, weight_decay=5e-4, clip=1.0)

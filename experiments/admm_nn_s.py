@@ -46,10 +46,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
     run = cp.Run(task, workdir / f'seed{seed}', seed, mesh, config.log_every)
     dense = cp.phase(run, 'dense', task.init(jax.random.key(seed)), config.dense)
     before = cp.scores(run, 'dense', dense)
-    student = pruned_task
-    if config.distill.share:
-      loss_fn = pruned_task.taught(dense, config.distill.share, config.distill.temperature)
-      student = pruned_task._replace(loss_fn=loss_fn)
+    student = cp.student(pruned_task, config.distill, dense)
     for name in config.settings:
       plans = ladder(config.rates[name], dense.params, task.layers)
       climber = run._replace(task=student, folder=run.folder / name)
@@ -98,8 +95,7 @@ def check(config) -> None:
         )
     if wrong := [i for i, *_ in setting.named if not 0 <= i < len(setting.rungs)]:
       raise ValueError(f'config.rates.{name}.named: there is no rung {wrong[0]}')
-  if not (0 <= config.distill.share <= 1 and config.distill.temperature > 0):
-    raise ValueError('config.distill needs a share of 0..1 and a temperature above 0')
+  cp.check_distill(config.distill)
   for name in ('dense', 'admm', 'retrain', 'finish'):
     cp.check_recipe(name, config[name])
 

@@ -59,6 +59,9 @@ def fields(network: str = 'resnet20') -> ml_collections.ConfigDict:
   model.weights = ''  # file to start from, see `find_weights`; '': trained here
 
   config.label_smoothing = 0.0
+  config.distill = ml_collections.ConfigDict()  # the dense network teaches those made from it
+  config.distill.share = 0.0  # of the loss; 0: it does not
+  config.distill.temperature = 4.0
   config.dense = cp.recipe(lr=0.1, epochs=30.0, weight_decay=5e-4)
   start(config, network)
   return config

@@ -183,6 +183,30 @@ def _phase(
   return result
 
 
+def student(task: Task, distill, dense: Variables) -> Task:
+  """The task of a network that the dense one teaches.
+
+  Args:
+    task: the task.
+    distill: `share` of the loss that comes from the teacher, 0 for none; `temperature`.
+    dense: the teacher.
+  """
+  if not distill.share:
+    return task
+  assert task.taught is not None
+  return task._replace(loss_fn=task.taught(dense, distill.share, distill.temperature))
+
+
+def check_distill(distill) -> None:
+  """Refuses a share or a temperature that means nothing.
+
+  Raises:
+    ValueError: saying which are possible.
+  """
+  if not (0 <= distill.share <= 1 and distill.temperature > 0):
+    raise ValueError('config.distill needs a share of 0..1 and a temperature above 0')
+
+
 def admm_link(config, target, total: int):
   """The pull of an ADMM recipe, the steps of a stage, and those between refreshes."""
   stages = len(config.rho)

@@ -74,6 +74,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
       make_plan(config, name, first.params, task.layers)
     dense = cp.phase(run, 'dense', first, config.dense)
     before = cp.scores(run, 'dense', dense, anew=False)
+    run = run._replace(task=cp.student(task, config.distill, dense))
     for name in config.settings:
       inside = run._replace(folder=run.folder / name)
       network, cut = train_levels(config, name, inside, dense)
@@ -110,6 +111,7 @@ def check(config) -> None:
     if choice.kind not in KINDS:
       raise ValueError(f'config.choices.{name}.kind={choice.kind!r}: choose {", ".join(KINDS)}')
     quantizer(choice)
+  cp.check_distill(config.distill)
   for name in ('dense', *PHASES):
     cp.check_recipe(name, config[name])
 
@@ -212,7 +214,7 @@ def train_mixtures(config, name: str, run: cp.Run, dense: Variables, plan: quant
       seen = outer(trained['params'])
       return quantize.effective_params(seen, as_mixtures(trained['codebooks']), mode)
 
-    inside = run._replace(task=seen_as(run.task, view, config, dense))
+    inside = run._replace(task=seen_as(run.task, view))
     variables = cp.phase(
       inside,
       phase,
@@ -261,18 +263,16 @@ def train_fitted(config, name: str, run: cp.Run, dense: Variables, plan: quantiz
     params, state = cp.phase(run, 'mapping', pulled, config.mapping, last=last)
   else:
     seen = quantize.straight_through(plan)
-    inside = run._replace(task=seen_as(run.task, seen, config, dense))
+    inside = run._replace(task=seen_as(run.task, seen))
     params, state = cp.phase(inside, 'straight', dense, config.straight)
   return start, params, state, quantize.fit(plan, params)
 
 
-def seen_as(task: Task, view, config, dense: Variables) -> Task:
+def seen_as(task: Task, view) -> Task:
   """The task of a network that sees `view(params)` in place of its params."""
-  share, temperature = config.distill.share, config.distill.temperature
-  loss = task.taught(dense, share, temperature) if share else task.loss_fn
 
   def loss_fn(params, model_state, batch, key):
-    return loss(view(params), model_state, batch, key)
+    return task.loss_fn(view(params), model_state, batch, key)
 
   return task._replace(loss_fn=loss_fn)
 

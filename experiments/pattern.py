@@ -65,6 +65,7 @@ def compare(config, workdir: pathlib.Path, mesh) -> list[dict]:
     )
     dense = cp.phase(run, 'dense', task.init(jax.random.key(seed)), config.dense)
     before = cp.scores(run, 'dense', dense, anew=False)
+    run = run._replace(task=cp.student(task, config.distill, dense))
     for name in config.settings:
       rung = prune(config, run._replace(folder=run.folder / name), name, dense)
       extra = {'conv_compression': kernels.conv_compression(rung)}
@@ -173,6 +174,7 @@ def check(config) -> None:
         f'unknown setting {name!r}; config.choices has {", ".join(config.choices)}, and {CONTROL}'
       )
     _check_setting(config, f'config.choices.{name}', config.choices[name])
+  cp.check_distill(config.distill)
   for name in ('dense', 'pull', 'retrain'):
     cp.check_recipe(name, config[name])
   if config.pull.schedule != 'constant':

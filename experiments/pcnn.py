@@ -72,6 +72,7 @@ def compare(config, workdir: pathlib.Path, mesh) -> list[dict]:
       make_plan(config, name, first.params, task.layers, 'votes')
     dense = cp.phase(run, 'dense', first, config.dense)
     before = cp.scores(run, 'dense', dense, anew=False)
+    run = run._replace(task=cp.student(task, config.distill, dense))
     for name in config.settings:
       rung, energy = prune(config, name, run._replace(folder=run.folder / name), dense)
       sizes = cp.measure(rung.plan, rung.variables)
@@ -125,6 +126,7 @@ def check(config) -> None:
         )
     for phase in PHASES:
       cp.check_recipe(f'patterns.{name}.{phase}', recipe(config, name, phase))
+  cp.check_distill(config.distill)
   for name in ('dense', *PHASES):
     cp.check_recipe(name, config[name])
   for name in config.networks:

@@ -66,6 +66,7 @@ def compare(config, workdir: pathlib.Path, mesh) -> list[dict]:
     )
     dense = cp.phase(run, 'dense', task.init(jax.random.key(seed)), config.dense)
     before = cp.scores(run, 'dense', dense, anew=False)
+    run = run._replace(task=cp.student(task, config.distill, dense))
     for name in config.settings:
       plan = make_plan(config, name, dense.params, task.layers)
       climber = run._replace(folder=run.folder / name)
@@ -130,6 +131,7 @@ def check(config) -> None:
     if 0 < rate <= 1:
       raise ValueError(f'config.settings: {name!r} makes nothing smaller')
   sparsity.pattern_set(config.library)
+  cp.check_distill(config.distill)
   for name in ('dense', 'pull', 'retrain'):
     cp.check_recipe(name, config[name])
   for name, metric, _ in config.goals:

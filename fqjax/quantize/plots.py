@@ -87,7 +87,8 @@ def _levels(ax: Axes, levels: Any, bins: np.ndarray, count: int):
     density = np.exp(bias - 0.5 * ((x - mu) * scale) ** 2) / np.sqrt(2 * np.pi)
     parts = density * count * (bins[1] - bins[0])
     # Components are needles beside the weights where they are narrower than a bin.
-    high = 1.1 * ax.get_ylim()[1]
+    high = ax.get_ylim()[1]
+    high = max(high, min(1.1 * parts.sum(0).max(), 2 * high))
     for part in parts:
       ax.plot(x, part, color=ACCENT, linewidth=0.6, alpha=0.6)
     ax.plot(x, parts.sum(0), color=ACCENT, linewidth=1.2)

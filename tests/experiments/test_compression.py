@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from experiments import compression as cp
@@ -122,6 +124,27 @@ def test_classifier_scores_every_image_once_in_order():
   np.testing.assert_array_equal(right, want)
   assert list(task.layers) == ['conv1/kernel', 'conv2/kernel', 'fc1/kernel', 'fc2/kernel']
   assert task.sample.shape == (16, 28, 28, 1)
+
+
+def test_a_student_learns_what_the_teacher_says():
+  source = fd.load_source('synthetic', 'test', n=16, size=28)
+  spec = fd.InputSpec('rgb', 28, mean=(128.0,) * 3, std=(64.0,) * 3)
+  model = models.create_model('lenet5')
+  task = tasks.classifier(
+    model, source, {'test': source}, spec, batch_size=8, grey=True, mesh=train.make_mesh(1)
+  )
+  teacher, other = task.init(jax.random.key(0)), task.init(jax.random.key(1))
+  distill = ml_collections.ConfigDict({'share': 0.0, 'temperature': 4.0})
+  assert cp.student(task, distill, teacher) is task
+  distill.share = 1.0
+  loss_fn = cp.student(task, distill, teacher).loss_fn
+  batch = next(iter(task.loader(0)))
+  gradient = jax.jit(jax.grad(lambda p: loss_fn(p, {}, batch, jax.random.key(0))[0]))
+  at_teacher, elsewhere = (optax.tree.norm(gradient(v.params)) for v in (teacher, other))
+  assert at_teacher < 1e-4 * elsewhere
+  distill.share = 1.1
+  with pytest.raises(ValueError, match='0..1'):
+    cp.check_distill(distill)
 
 
 def test_summary_is_a_paired_mean_over_seeds():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import dgms as configs
-from experiments import cifar, ledger, tasks
+from experiments import cifar, ledger
 from experiments import compression as cp
 from experiments import dgms as experiment
 from fqjax import quantize, train
@@ -179,14 +179,14 @@ def test_gradients_reach_weights_and_means_through_the_levels():
     'params': params,
     'codebooks': experiment.as_dicts(quantize.init_dgms(params, plan)),
   }
-  task, config = tiny_conv.task(), configs.get_config('')
+  task = tiny_conv.task()
 
   def view(trained):
     return quantize.effective_params(
       trained['params'], experiment.as_mixtures(trained['codebooks']), 'ste'
     )
 
-  inside = experiment.seen_as(task, view, config, tasks.Variables(params, {}))
+  inside = experiment.seen_as(task, view)
   batch, key = next(task.loader(0)), jax.random.key(0)
   loss, grads = jax.value_and_grad(lambda t: inside.loss_fn(t, {}, batch, key)[0])(trained)
   plain = task.loss_fn(view(trained), {}, batch, key)[0]
