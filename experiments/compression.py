@@ -287,6 +287,19 @@ def climb(
     number += 1
 
 
+def settled(run: Run, variables: Variables) -> Variables:
+  """`recalibrated`, once: kept in the run's folder and read from there the next time."""
+  path = run.folder / 'variables.npz'
+  with alone(path):
+    if path.exists():
+      return load_variables(path, variables)
+    done = recalibrated(run.task, variables)
+    if train.is_main():
+      save_variables(path, done)
+    train.synchronize(f'{path} written')
+    return done
+
+
 def cut_once(run: Run, variables: Variables, plan, saliency=None) -> Rung:
   """Hard projection and new batch-norm statistics; nothing is trained.
 
@@ -297,16 +310,7 @@ def cut_once(run: Run, variables: Variables, plan, saliency=None) -> Rung:
     saliency: of `rules.finalize`.
   """
   params, masks = rules.finalize(plan, variables.params, saliency=saliency)
-  done = Variables(params, variables.model_state)
-  path = run.folder / 'variables.npz'
-  with alone(path):
-    if path.exists():
-      done = load_variables(path, done)
-    else:
-      done = recalibrated(run.task, done)
-      if train.is_main():
-        save_variables(path, done)
-      train.synchronize(f'{path} written')
+  done = settled(run, Variables(params, variables.model_state))
   found = scores(run, '00-cut', done, anew=False)
   return Rung(plan, done, masks, found, found)
 

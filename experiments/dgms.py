@@ -35,6 +35,7 @@ from experiments.harness import data_label, record_once, say
 from experiments.tasks import Task, Variables
 from fqjax import quantize, rules, train
 from fqjax.quantize import plots
+from fqjax.tracing import leaf_name
 
 KINDS = ('mixture', 'levels', 'uniform', 'binary')
 PHASES = ('soft', 'hard', 'pull', 'mapping', 'straight')
@@ -181,16 +182,7 @@ def train_levels(config, name: str, run: cp.Run, dense: Variables):
   start, params, state, books = trained
   on_levels = quantize.project(plan, dense.params, codebooks=start)
   cut = cp.scores(run, 'start', Variables(on_levels, dense.model_state))
-  done = Variables(quantize.project(plan, params, codebooks=books), state)
-  path = run.folder / 'variables.npz'
-  with harness.alone(path):
-    if path.exists():
-      done = cp.load_variables(path, done)
-    else:
-      done = cp.recalibrated(run.task, done)
-      if train.is_main():
-        cp.save_variables(path, done)
-      train.synchronize(f'{path} written')
+  done = cp.settled(run, Variables(quantize.project(plan, params, codebooks=books), state))
   return Quantized(plan, done, books, start), cut
 
 
@@ -299,7 +291,7 @@ def _is_mixture(x) -> bool:
 def both(params, mixtures, fitted):
   """One tree of codebooks like `params`: the mixtures, fitted ones elsewhere."""
   have = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    leaf_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(mixtures, is_leaf=_is_mixture)
     if _is_mixture(leaf)
   }
