@@ -16,7 +16,7 @@
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import narrow, parse_arg
 from experiments.compression import admm_recipe, recipe
 
 
@@ -24,10 +24,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The configuration for `arg`; see the module's docstring."""
   arg = parse_arg(arg, ('lenet5', 'resnet50', 'alexnet', 'vgg16', 'smoke'), settings='', seeds=0)
   config = globals()[arg['preset']]()
-  if arg['settings']:
-    config.settings = tuple(arg['settings'].split('+'))
-  if arg['seeds']:
-    config.seeds = tuple(range(arg['seeds']))
+  narrow(config, arg)
   return config
 
 

@@ -45,6 +45,14 @@ def parse_arg(arg: str, presets: tuple[str, ...], **defaults):
   return result
 
 
+def narrow(config, arg) -> None:
+  """Sets what of a comparison is run, from `settings=a+b` and `seeds=N`; empty ones change nothing."""
+  if arg['settings']:
+    config.settings = tuple(arg['settings'].split('+'))
+  if arg['seeds']:
+    config.seeds = tuple(range(arg['seeds']))
+
+
 def imagenet(config) -> None:
   """Sets `data` to ImageNet of TFDS, a hundredth of the training images held out."""
   d = config.data

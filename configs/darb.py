@@ -18,7 +18,7 @@
 
 import ml_collections
 
-from configs.common import parse_arg
+from configs.common import narrow, parse_arg
 from experiments.compression import admm_recipe, recipe
 
 PRESETS = ('lenet5', 'lstm', 'ptb', 'timit', 'alexnet', 'cifar_vgg16', 'smoke')
@@ -28,10 +28,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The configuration for `arg`; see the module's docstring."""
   arg = parse_arg(arg, PRESETS, settings='', seeds=0, path='')
   config = globals()[arg['preset']]()
-  if arg['settings']:
-    config.settings = tuple(arg['settings'].split('+'))
-  if arg['seeds']:
-    config.seeds = tuple(range(arg['seeds']))
+  narrow(config, arg)
   if arg['path']:
     if arg['preset'] not in ('ptb', 'timit'):
       raise ValueError(f'preset {arg["preset"]!r} takes no path; ptb and timit do')

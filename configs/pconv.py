@@ -19,7 +19,7 @@ network of `experiments/cifar.py`. Figures of the last runs: `results.csv`, rows
 
 import ml_collections
 
-from configs.common import imagenet, parse_arg
+from configs.common import imagenet, narrow, parse_arg
 from experiments import cifar
 from experiments.compression import admm_recipe, recipe
 
@@ -34,10 +34,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The configuration for `arg`; see the module's docstring."""
   arg = parse_arg(arg, PRESETS, settings='', seeds=0, network='')
   config = globals()[arg['preset']]()
-  if arg['settings']:
-    config.settings = tuple(arg['settings'].split('+'))
-  if arg['seeds']:
-    config.seeds = tuple(range(arg['seeds']))
+  narrow(config, arg)
   if arg['network']:
     cifar.start(config, arg['network'])
     config.networks = ()
