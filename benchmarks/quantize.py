@@ -1,28 +1,40 @@
-"""Mixtures: their price in a training step, in time and in memory, and how long they take to start.
+"""Quantization: the price of mixtures and of calibration, and what sparse kernels save.
 
-  python -m benchmarks.quantize [--only step,start,memory] [--small]
+  python -m benchmarks.quantize [--only step,start,memory,calibration,sparse_kernel] [--small]
 
 step     ResNet-20 on CIFAR images, batch 128, every kernel a mixture of 16 components: the float step,
          soft weights (exact gradients to everything), and straight-through ones.
 start    mixtures of ResNet-50's kernels from random numbers in their shapes: seconds of the whole.
 memory   bytes that the training step of ResNet-50 holds at most as the compiler plans it, batch 8,
          224x224, float and with mixtures; nothing is run.
+calibration
+         MobileNetV2 with its batch norm folded, 224x224, batch 8: a batch of calibration of all
+         activations against plain inference of the same graph on the same batch.
+sparse_kernel
+         matrices of LeNet-5 and ResNet-20, unstructured zeros as SciPy's compressed sparse rows and
+         smaller dense matrices (filters and columns) against the dense product of the BLAS, one
+         thread each. `break-even` is the rate from which on a product is faster than the dense one,
+         `rate per speed-up` is 1 where every weight left away saves its time.
 
 Contenders take turns in one process.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import common, sparsity
-from fqjax import models, quantize
+from fqjax import models, quantize, tracing
+from fqjax.exporter import passes
+from fqjax.quantize._observe import compiled_pass, ends_and_samples, watching
 from fqjax.tracing import leaf_name
 
-PARTS = ('step', 'start', 'memory')
+PARTS = ('step', 'start', 'memory', 'calibration', 'sparse_kernel')
 COMPONENTS = 16
 _FLOAT = 'float'
 MODES = ('soft', 'ste')
@@ -136,6 +148,126 @@ def memory_rows(args) -> list[common.Row]:
   return rows
 
 
+def frozen(small: bool) -> tuple[Any, np.ndarray]:
+  """A network as a frozen graph, and a batch of what it takes."""
+  net = models.create_model('lenet5') if small else models.create_model('mobilenet_v2')
+  shape = (2, 28, 28, 1) if small else (8, 224, 224, 3)
+  x = np.random.default_rng(0).standard_normal(shape, np.float32)
+  variables = jax.jit(net.init)(jax.random.key(0), x[:1])
+  return passes.freeze(tracing.to_graph(net.apply, variables, x), variables), x
+
+
+def calibration_rows(args) -> list[common.Row]:
+  graph, x = frozen(args.small)
+  names = quantize.activations(graph)
+  states, watch = watching(graph, names)
+  infer, arrays = compiled_pass(graph, graph.outputs, lambda values: values)
+  seconds = common.compare(
+    {'inference': lambda: infer(arrays, (x,)), 'calibration': lambda: watch(states, x)},
+    args.repeats,
+    warmup=2,
+  )
+  title = f'calibration/batch {len(x)}, {len(names)} tensors'
+  rows = [
+    sparsity.plain_row(f'{title}/inference', seconds['inference']),
+    common.speedup_row(f'{title}/calibration', seconds, 'calibration', 'inference', 0.8),
+  ]
+  # What calibration holds besides, the bytes of the samples of a batch among it.
+  look, _ = compiled_pass(graph, names, ends_and_samples)
+  programs = {
+    name: sparsity.held(call.lower(arrays, (x,)).compile())
+    for name, call in (('inference', infer), ('calibration', look))
+  }
+  for name, size in programs.items():
+    ratio = None if name == 'inference' else programs['inference'] / size
+    rows.append({
+      'name': f'{title}/{name}, memory', 'value': size, 'unit': 'bytes held',
+      'peer': None if ratio is None else 'inference', 'ratio': ratio, 'goal': None, 'spread': None,
+    })  # fmt: skip
+  return rows
+
+
+# name -> matrix [inputs, outputs] and columns it is applied to: one image, or a batch of places.
+MATRICES = {
+  'LeNet-5 fc1, 1 image': (800, 500, 1),
+  'LeNet-5 fc1, 64 images': (800, 500, 64),
+  'ResNet-20 3x3x64x64, 64 places': (576, 64, 64),
+}
+RATES = (4, 8, 16, 36, 71, 348)
+
+
+def sparse_kernel_rows(args) -> list[common.Row]:
+  sparse = common.import_peer('scipy.sparse')
+  # The sparse product of SciPy has one thread.
+  with common.import_peer('threadpoolctl').threadpool_limits(1):
+    rows = []
+    matrices = {'small, 1 image': (16, 8, 1)} if args.small else MATRICES
+    for name, (inputs, outputs, places) in matrices.items():
+      rows += kernel_rows(sparse, name, inputs, outputs, places, args.repeats)
+  return rows
+
+
+def kernel_rows(sparse, name, inputs, outputs, places, repeats) -> list[common.Row]:
+  """Dense, sparse and smaller dense products of one matrix at every rate."""
+  rng = np.random.default_rng(0)
+  shape = (inputs,) if places == 1 else (inputs, places)
+  x, w = (rng.standard_normal(s, np.float32) for s in (shape, (outputs, inputs)))
+  contenders = {'dense': repeated(w, x)}
+  for rate in RATES:
+    zeros = np.where(rng.random(w.shape) < 1 / rate, w, 0)
+    contenders[f'{rate}x sparse rows'] = repeated(sparse.csr_array(zeros), x)
+    o, i = (max(1, round(n / math.sqrt(rate))) for n in (outputs, inputs))
+    contenders[f'{rate}x filters and columns'] = repeated(
+      np.ascontiguousarray(w[:o, :i]), np.ascontiguousarray(x[:i])
+    )
+  seconds = common.compare(contenders, repeats, warmup=2)
+  seconds = {key: [t / CALLS for t in times] for key, times in seconds.items()}
+  title, rows = f'sparse_kernel/{name}', []
+  for kind in ('sparse rows', 'filters and columns'):
+    speedups = []
+    for rate in RATES:
+      key = f'{rate}x {kind}'
+      rows.append(common.speedup_row(f'{title}/{key}', seconds, key, 'dense'))
+      speedups.append(rows[-1]['ratio'])
+      rows.append(rate_row(f'{title}/{key}, rate per speed-up', rate / speedups[-1]))
+    found = break_even(RATES, speedups)
+    if found is not None:
+      rows.append(rate_row(f'{title}/{kind}, break-even', found))
+  return rows
+
+
+# Products of one timed call: one alone takes microseconds.
+CALLS = 20
+
+
+def repeated(matrix, x):
+  """A function that computes the product so often that it can be timed."""
+
+  def run():
+    for _ in range(CALLS):
+      y = matrix @ x
+    return y
+
+  return run
+
+
+def break_even(rates, speedups) -> float | None:
+  """The rate from which on the speed-up stays above 1, interpolated in logarithms; None if none."""
+  below = [k for k, speedup in enumerate(speedups) if speedup <= 1]
+  if not below:
+    return float(rates[0])
+  k = below[-1]
+  if k + 1 == len(rates):
+    return None
+  a, b = math.log(speedups[k]), math.log(speedups[k + 1])
+  part = -a / (b - a)
+  return float(rates[k] * (rates[k + 1] / rates[k]) ** part)
+
+
+def rate_row(name: str, value: float) -> common.Row:
+  return dict(name=name, value=value, unit='x', peer=None, ratio=None, goal=None, spread=None)
+
+
 def parse_command(argv=None):
   """Arguments of a command line; raises where the program would not run."""
   parser = common.parser(__doc__)
@@ -151,9 +283,20 @@ def parse_command(argv=None):
 
 def main(argv=None) -> None:
   args = parse_command(argv)
-  parts = {'step': step_rows, 'start': start_rows, 'memory': memory_rows}
-  rows = [row for part in args.only for row in parts[part](args)]
-  metrics = {row['name']: 'step_time' for row in rows if row['unit'] == 'ms' and not row['peer']}
+  programs = {
+    'step': step_rows, 'start': start_rows, 'memory': memory_rows,
+    'calibration': calibration_rows, 'sparse_kernel': sparse_kernel_rows,
+  }  # fmt: skip
+  rows = [row for part in args.only for row in programs[part](args)]
+  metrics: dict[str, str | None] = {
+    row['name']: 'step_time' for row in rows if row['unit'] == 'ms' and not row['peer']
+  }
+  # What follows from rows that are recorded is printed only.
+  metrics |= {
+    row['name']: 'needed_rate' if row['name'].endswith('break-even') else None
+    for row in rows
+    if row['unit'] == 'x'
+  }
   common.finish(args, rows, metrics=metrics)
 
 

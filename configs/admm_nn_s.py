@@ -1,28 +1,36 @@
-"""Pruning by ADMM to a prescribed rate.
+"""Pruning by ADMM to a prescribed rate, and few levels for what survives.
 
   python -m experiments.admm_nn_s --config=configs/admm_nn_s.py:PRESET[,key=value] --workdir=DIR
 
 | preset | what it prunes | where it is meant to run |
 | --- | --- | --- |
 | `lenet5` (default) | LeNet-5 on MNIST, unstructured to 71x, 348x and 500x, structured along a ladder; three seeds | 2 cores, an hour and a half |
+| `lenet5_quantized` | rungs of those ladders on 3 and 2 bits, equal steps and powers of two | 2 cores, an hour and a half |
+| `lenet5_binary` | LeNet-5, every weight a sign, first and last layers too | 2 cores, half an hour |
+| `resnet20` | published ResNet-20 for CIFAR-10, unstructured and structured, float and 4 bits | 2 cores, a day |
 | `resnet50` | ImageNet, unstructured to 8 | TPU v3-8, 8 GPUs or more |
 | `alexnet` | ImageNet, unstructured to 36 | the same |
 | `vgg16` | ImageNet, unstructured and structured | the same |
-| `smoke` | LeNet-5 on embedded photographs, few steps | 2 cores, two minutes |
+| `smoke` | LeNet-5 on embedded photographs, few steps | 2 cores, three minutes |
 
-`,settings=structured` and `,seeds=1` choose what of a comparison is run. Figures of the last runs: `results.csv`, rows
-`admm_nn_s/...`.
+`,settings=structured` and `,seeds=1` choose what of a comparison is run; the presets of LeNet-5 may share a workdir, where
+nothing is trained twice. Figures of the last runs: `results.csv`, rows `admm_nn_s/...`.
 """
 
 import ml_collections
 
 from configs.common import narrow, parse_arg
+from experiments import cifar
 from experiments.compression import admm_recipe, recipe
+
+PRESETS = (
+  'lenet5', 'lenet5_quantized', 'lenet5_binary', 'resnet20', 'resnet50', 'alexnet', 'vgg16', 'smoke',
+)  # fmt: skip
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The configuration for `arg`; see the module's docstring."""
-  arg = parse_arg(arg, ('lenet5', 'resnet50', 'alexnet', 'vgg16', 'smoke'), settings='', seeds=0)
+  arg = parse_arg(arg, PRESETS, settings='', seeds=0)
   config = globals()[arg['preset']]()
   narrow(config, arg)
   return config
@@ -32,7 +40,7 @@ def base() -> ml_collections.ConfigDict:
   """Every field there is, with its type and its default."""
   config = ml_collections.ConfigDict()
   config.seeds = (0,)
-  config.settings = ('unstructured',)  # keys of `rates`
+  config.settings = ('unstructured',)  # keys of `rates` and `quantize`
 
   config.data = data = ml_collections.ConfigDict()
   data.name = 'tfds:imagenet2012'
@@ -64,6 +72,11 @@ def base() -> ml_collections.ConfigDict:
   config.finish = recipe(lr=1e-2, epochs=40.0, weight_decay=1e-4)  # rungs that count
 
   config.rates = ml_collections.ConfigDict()
+  config.quantize = ml_collections.ConfigDict()
+  # Towards levels, until all are mapped, and straight-through: as many epochs either way.
+  config.pull = admm_recipe(lr=1e-3, epochs=5.0, schedule='constant', rho=(1e-2, 1e-1), refreshes=4)
+  config.mapping = recipe(lr=1e-3, epochs=10.0)
+  config.straight = recipe(lr=1e-3, epochs=15.0)
   config.loss_goal = 0.3  # points a rung may lose and still be chosen
   config.dense_goal = 0.0  # top-1 of the dense network, %; 0: none
   config.log_every = 100
@@ -90,6 +103,30 @@ def ladder(kind: str, layers: tuple, rungs: tuple, named: tuple = (), last: str 
   setting.named = named
   setting.last = last
   setting.filter_share = 0.5  # of a structured layer's rate: the part of its filters, in logarithms
+  return setting
+
+
+def levels(
+  start: str, bits: int | tuple, rungs: tuple = (0,), named: tuple = (), **fields
+) -> ml_collections.ConfigDict:
+  """A setting of `quantize`: which network goes on which levels.
+
+  Args:
+    start: the ladder, a key of `rates`, whose pruned networks are quantized; '': the dense network.
+    bits: of every kernel, or ((regex, bits), ...), the first that matches wins.
+    rungs: of that ladder; 0 is the dense network.
+    named: (rung, name, ((metric, goal), ...), reference), as in `ladder`: what is recorded.
+    **fields: see below.
+  """
+  setting = ml_collections.ConfigDict()
+  setting.start = start
+  setting.bits = (('.*/kernel', bits),) if isinstance(bits, int) else bits
+  setting.rungs = rungs
+  setting.named = named
+  setting.levels = 'interval'  # 'power_of_two', 'ternary', 'binary', 'uniform'
+  setting.per = 'layer'  # what shares a scale; 'channel'
+  setting.way = 'admm'  # and progressive mapping; 'straight': straight-through
+  setting.update(fields)
   return setting
 
 
@@ -143,6 +180,77 @@ def lenet5() -> ml_collections.ConfigDict:
     'structured', layers, even((0.25, 0.06, 0.008, 0.2), 7)[1:], last='fc2/kernel'
   )
   config.settings = ('unstructured', 'structured')
+
+  config.pull = admm_recipe(
+    optimizer='adam', lr=1e-3, epochs=5.0, schedule='constant', rho=(1e-2, 1e-1), refreshes=4
+  )
+  config.mapping = recipe(optimizer='adam', lr=3e-3, epochs=15.0)
+  config.straight = recipe(optimizer='adam', lr=2e-3, epochs=20.0)
+  goals, reference = (('top1', 99.0), ('compression_values', 3700.0)), (
+    'arXiv 1811.01907: 1,910x at about 99 %'
+  )  # fmt: skip
+  mixed = (('conv./kernel', 3), ('fc./kernel', 2))
+  q = config.quantize
+  q.interval3 = levels('unstructured', 3, (2, 4), ((4, 'interval3', goals, reference),))
+  q.interval32 = levels('unstructured', mixed, (4,), ((4, 'interval32', goals, reference),))
+  q.power_of_two3 = levels(
+    'unstructured', 3, (4,), ((4, 'power_of_two3', goals, reference),), levels='power_of_two'
+  )
+  q.interval4_sparser = levels(
+    'unstructured', 4, (5,), ((5, 'interval4_sparser', goals, reference),)
+  )
+  q.interval3_structured = levels('structured', 3, (1, 3), ((3, 'interval3_structured', (), ''),))
+  lossless = (('top1', 99.0),), 'arXiv 1907.02124: fully binarized without loss'
+  q.binary = levels(
+    '', 1, named=((0, 'binary', *lossless),), levels='binary', per='channel', way='straight'
+  )
+  q.binary_layer = levels(
+    '', 1, named=((0, 'binary_layer', *lossless),), levels='binary', way='straight'
+  )
+  q.binary_admm = levels('', 1, named=((0, 'binary_admm', *lossless),), levels='binary')
+  return config
+
+
+def lenet5_quantized() -> ml_collections.ConfigDict:
+  """Survivors of LeNet-5 on few levels: 1,235 weights of 3 bits are 463 bytes, 3,719x."""
+  config = lenet5()
+  config.settings = (
+    'interval3', 'interval32', 'power_of_two3', 'interval4_sparser', 'interval3_structured',
+  )  # fmt: skip
+  return config
+
+
+def lenet5_binary() -> ml_collections.ConfigDict:
+  """LeNet-5 of signs: a scale per output channel or per layer, straight-through or by ADMM."""
+  config = lenet5()
+  config.settings = ('binary', 'binary_layer', 'binary_admm')
+  return config
+
+
+def resnet20() -> ml_collections.ConfigDict:
+  """Published ResNet-20 for CIFAR-10: what structure is worth once both kinds have 4 bits."""
+  config = base()
+  config.update(cifar.fields('resnet20'))
+  config.distill.share = 0.5
+  layers = ('conv1/kernel', 'fc/kernel', '.*kernel')
+  config.rates.unstructured = ladder(
+    'unstructured', layers, even((0.5, 0.4, 0.06), 3), ((2, 'unstructured', (), ''),)
+  )
+  config.rates.structured = ladder(
+    'structured', layers, even((0.8, 0.8, 0.25), 3), ((2, 'structured', (), ''),), last='fc/kernel'
+  )
+  config.admm = admm_recipe(lr=1e-2, epochs=3.0, schedule='constant', weight_decay=5e-4)
+  config.retrain = recipe(lr=2e-2, epochs=3.0, weight_decay=5e-4)
+  config.finish = recipe(lr=2e-2, epochs=6.0, weight_decay=5e-4)
+  config.pull.update(lr=1e-2, epochs=2.0, weight_decay=5e-4)
+  config.mapping.update(lr=1e-2, epochs=4.0, weight_decay=5e-4)
+  config.straight.update(lr=1e-2, epochs=6.0, weight_decay=5e-4)
+  rungs = (0, 1, 2)
+  config.quantize.interval4 = levels('unstructured', 4, rungs, ((2, 'interval4', (), ''),))
+  config.quantize.interval4_structured = levels(
+    'structured', 4, rungs, ((2, 'interval4_structured', (), ''),)
+  )
+  config.settings = ('unstructured', 'structured', 'interval4', 'interval4_structured')
   return config
 
 
@@ -195,7 +303,7 @@ def vgg16() -> ml_collections.ConfigDict:
 
 
 def smoke() -> ml_collections.ConfigDict:
-  """Two minutes on two cores: LeNet-5 on embedded photographs, one seed, few steps."""
+  """Three minutes on two cores: LeNet-5 on embedded photographs, one seed, few steps."""
   config = lenet5()
   config.seeds = (0,)
   d = config.data
@@ -211,4 +319,15 @@ def smoke() -> ml_collections.ConfigDict:
   config.rates.unstructured.rungs = ((0.5,) * 4, (0.3,) * 4)
   config.rates.unstructured.named = ()
   config.rates.structured.rungs = ((0.5,) * 4,)
+  for phase in ('pull', 'mapping', 'straight'):
+    config[phase].epochs = 1.0
+  config.pull.refreshes = 1
+  config.quantize = ml_collections.ConfigDict(
+    {
+      'interval3': levels('unstructured', 3, (1,)),
+      'interval3_structured': levels('structured', 3),
+      'binary': levels('', 1, levels='binary', per='channel', way='straight'),
+    }
+  )
+  config.settings = ('unstructured', 'structured', *config.quantize)
   return config

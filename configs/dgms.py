@@ -9,6 +9,7 @@
 | `chosen` | ResNet-20 trained here, a tenth of the images held out: what settings are chosen on | 2 cores, hours |
 | `full` | every setting on both, 3 seeds, 350 epochs | one GPU or TPU, a day |
 | `imagenet_resnet18`, `imagenet_resnet50`, `imagenet_mnasnet`, `imagenet_proxylessnas` | ImageNet, mixtures at 4 bits | TPU v3-8, 8 GPUs or more |
+| `transfer` | ResNet-20 from CIFAR-10 to CIFAR-100: mixtures kept, afresh, and float | 2 cores, an hour |
 | `smoke` | a narrow VGG-16 on embedded photographs, few steps | 2 cores, two minutes |
 
 `resnet20` trains every setting for 6 epochs; an epoch is 234 steps of 128 images, about 140 s of one
@@ -25,7 +26,7 @@ from experiments.compression import admm_recipe, recipe
 
 PRESETS = (
   'resnet20', 'resnet56', 'chosen', 'full', 'imagenet_resnet18', 'imagenet_resnet50',
-  'imagenet_mnasnet', 'imagenet_proxylessnas', 'smoke',
+  'imagenet_mnasnet', 'imagenet_proxylessnas', 'transfer', 'smoke',
 )  # fmt: skip
 
 
@@ -71,6 +72,14 @@ def base(network: str = 'resnet20') -> ml_collections.ConfigDict:
   choices.binary = choice('binary', 1, edges=0)
   for bits, points in ((4, 0.2), (3, 0.7), (2, 1.5)):
     choices[f'mixture{bits}'].goals = (('change', -points),)
+
+  config.transfer = ml_collections.ConfigDict()  # where the network comes from
+  config.transfer.data = ''  # that data set; '': it is trained or loaded for `data` itself
+  config.transfer.train_split = 'train'
+  config.transfer.test_split = 'test'
+  config.transfer.weights = ''  # its file; '': trained there, as `dense` says, for so many epochs:
+  config.transfer.epochs = 0.0
+  config.transfer.kept = ()  # settings that are quantized there and keep their mixtures here
 
   config.dense_goal = 0.0  # top-1 of the dense network, %; 0: none
   config.log_every = 50
@@ -166,6 +175,28 @@ def imagenet_mnasnet() -> ml_collections.ConfigDict:
 def imagenet_proxylessnas() -> ml_collections.ConfigDict:
   """ProxylessNAS-Mobile."""
   return on_imagenet('proxylessnas_mobile')
+
+
+def transfer() -> ml_collections.ConfigDict:
+  """CIFAR-100 by the published ResNet-20 of CIFAR-10 with a new classifier, as long in every setting.
+
+  `dense` is fine-tuned in float, `mixture4` quantized afresh from the same float weights,
+  `mixture4_kept` was quantized on CIFAR-10 and learns the new classes on the levels it has.
+  """
+  config = base()
+  config.data.name = 'cifar100'
+  # The weights have seen none of these images: a part of them can be held out.
+  config.data.train_split, config.data.held_out_split = 'train[:90%]', 'train[90%:]'
+  config.model.weights = ''
+  config.transfer.data, config.transfer.weights = 'cifar10', 'cifar10_resnet20.npz'
+  config.choices.mixture4.goals = ()
+  config.choices.mixture4_kept = choice('mixture', 4)
+  config.transfer.kept = ('mixture4_kept',)
+  config.settings = ('mixture4', 'mixture4_kept')
+  config.soft.epochs, config.hard.epochs = 18.0, 2.0
+  config.soft.lr = 0.05
+  config.dense = recipe(lr=0.05, epochs=20.0, weight_decay=5e-4)
+  return config
 
 
 def smoke() -> ml_collections.ConfigDict:

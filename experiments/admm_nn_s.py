@@ -1,4 +1,4 @@
-"""Pruning by ADMM, unstructured and structured, to a prescribed rate (ADMM-NN-S, 2019).
+"""Pruning by ADMM, unstructured and structured, to a prescribed rate, and levels (ADMM-NN-S, 2019).
 
   python -m experiments.admm_nn_s --config=configs/admm_nn_s.py:lenet5 --workdir=runs/lenet5
 
@@ -8,12 +8,18 @@ A dense network is trained (or loaded); every *setting* prunes it along a ladder
   structured     whole filters and whole columns (one input position of all filters) at once;
                  at the end what no path reads leaves the network, and the smaller one is checked
 
+Further settings, `config.quantize`, put networks on few levels: the survivors of some rungs of one of
+the ladders, or a dense network as a whole, down to a sign and a scale for every layer; see
+`experiments.levels`. `experiments.formats` sets the bytes of unstructured and structured networks
+side by side.
+
 A rung is ADMM towards its plan, hard projection, retraining of the survivors. Every rung is scored
 on the test images and on training images held out; what is chosen is chosen by the latter. Run
 again with the same `--workdir`, it goes on where it stopped. At the end `report.html` and
 `results.json` stand in the workdir.
 """
 
+import itertools
 import pathlib
 import re
 import time
@@ -22,15 +28,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments import cifar, formats, harness, levels, outcome, tasks
 from experiments import compression as cp
-from experiments import harness, outcome, tasks
 from experiments.harness import data_label, record_once, say
-from fqjax import files, models, sparsity, train
+from fqjax import files, quantize, sparsity, train
 
 KINDS = ('unstructured', 'structured')
+WAYS = ('admm', 'straight')
 # Fields that may change between a run and its continuation.
 _FREE = re.compile(
-  r'seeds|settings|record|log_every|loss_goal|dense_goal|data\.workers|rates\..*\.named'
+  r'seeds|settings|record|log_every|loss_goal|dense_goal|data\.workers'
+  r'|(rates|quantize)\..*\.named|quantize\..*\.rungs'
 )
 
 
@@ -41,21 +49,24 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
   started = time.time()
   task, _ = make_task(config, mesh)
   pruned_task, model = make_task(config, mesh, **config.model.pruned)
-  networks, shown = [], {}
+  networks, shown, drawn = [], {}, []
   for seed in config.seeds:
     run = cp.Run(task, workdir / f'seed{seed}', seed, mesh, config.log_every)
     dense = cp.phase(run, 'dense', task.init(jax.random.key(seed)), config.dense)
     before = cp.scores(run, 'dense', dense)
-    student = cp.student(pruned_task, config.distill, dense)
-    for name in config.settings:
-      plans = ladder(config.rates[name], dense.params, task.layers)
-      climber = run._replace(task=student, folder=run.folder / name)
-      long = {i for i, *_ in config.rates[name].named} or range(len(plans))
-      recipes = tuple(config.finish if i in long else config.retrain for i in range(len(plans)))
-      for i, rung in enumerate(cp.climb(climber, dense, plans, config.admm, recipes)):
-        extra = {}
+    run = run._replace(task=cp.student(pruned_task, config.distill, dense))
+    starts = {('', 0): (dense, None)}
+    wanted = needed(config)
+    for name, count in climbs(config).items():
+      climber = run._replace(folder=run.folder / name)
+      for i, rung in enumerate(climbed(config, name, climber, dense, count)):
+        if (name, i) in wanted:
+          starts[name, i] = rung.variables, rung.masks
+        if name not in config.settings:
+          continue
+        extra = formats.stored(rung.plan, rung.variables.params)
         if config.rates[name].kind == 'structured':
-          extra = without_unused(model, rung, pruned_task, climber.folder / f'{i:02d}-removed.txt')
+          extra |= without_unused(model, rung, pruned_task, climber.folder / f'{i:02d}-removed.txt')
         sizes = cp.measure(rung.plan, rung.variables)
         networks.append(
           outcome.Measured(name, seed, i, rung.scores, rung.cut, before, sizes, extra)
@@ -63,14 +74,31 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
         say(outcome.line(networks[-1]))
         if seed == config.seeds[0]:
           shown[name] = rung
+    for name in (name for name in config.settings if name in config.quantize):
+      setting = config.quantize[name]
+      for i in setting.rungs:
+        inside = run._replace(folder=run.folder / name / f'{i:02d}')
+        begin, masks = starts[setting.start, i]
+        network, cut = on_levels(config, setting, inside, begin, masks)
+        found = cp.scores(inside, 'quantized', network.variables, anew=False)
+        extra = levels.weights_only(network) | formats.stored_levels(network)
+        sizes = levels.measure(network)
+        networks.append(outcome.Measured(name, seed, i, found, cut, before, sizes, extra))
+        say(f'{outcome.line(networks[-1])}, weights alone {extra["value_bytes"]:,.0f}'
+            f' ({extra["compression_values"]:,.0f}x)')  # fmt: skip
+        if seed == config.seeds[0] and i == setting.rungs[-1]:
+          drawn.append(levels.histogram(name, network, begin))
   summary = outcome.summarize(networks)
   if train.is_main():
     outcome.save(workdir, summary)
     title = f'{config.data.name}: {config.model.name} pruned by ADMM'
-    outcome.write_report(config, workdir, title, summary, shown)
+    more = formats.tables(config, summary)
+    outcome.write_report(config, workdir, title, summary, shown, more=drawn, extra_tables=more)
     if config.record:
       record(config, workdir, summary)
     outcome.print_table(summary)
+    for table in more:
+      outcome.show(table)
     print(f'{time.time() - started:.0f} s. Report: {workdir / "report.html"}')
   train.synchronize('end')
   return summary
@@ -83,8 +111,12 @@ def check(config) -> None:
     ValueError: naming the field.
   """
   for name in config.settings:
-    if name not in config.rates:
-      raise ValueError(f'unknown setting {name!r}; config.rates has {", ".join(config.rates)}')
+    if name in config.quantize:
+      check_levels(config, name)
+    elif name not in config.rates:
+      known = ', '.join([*config.rates, *config.quantize])
+      raise ValueError(f'unknown setting {name!r}; config.rates and config.quantize have {known}')
+  for name in climbs(config):
     setting = config.rates[name]
     if setting.kind not in KINDS:
       raise ValueError(f'config.rates.{name}.kind={setting.kind!r}: choose {", ".join(KINDS)}')
@@ -96,18 +128,34 @@ def check(config) -> None:
     if wrong := [i for i, *_ in setting.named if not 0 <= i < len(setting.rungs)]:
       raise ValueError(f'config.rates.{name}.named: there is no rung {wrong[0]}')
   cp.check_distill(config.distill)
-  for name in ('dense', 'admm', 'retrain', 'finish'):
+  for name in ('dense', 'admm', 'retrain', 'finish', 'pull', 'mapping', 'straight'):
     cp.check_recipe(name, config[name])
+
+
+def check_levels(config, name: str) -> None:
+  """Refuses a setting of `config.quantize` that cannot be followed; see `check`."""
+  setting, where = config.quantize[name], f'config.quantize.{name}'
+  if name in config.rates:
+    raise ValueError(f'{where} has the name of a setting of config.rates')
+  if setting.way not in WAYS:
+    raise ValueError(f'{where}.way={setting.way!r}: choose {", ".join(WAYS)}')
+  if setting.start and setting.start not in config.rates:
+    raise ValueError(
+      f'{where}.start={setting.start!r}: config.rates has {", ".join(config.rates)}; a dense network '
+      "is ''"
+    )
+  count = len(config.rates[setting.start].rungs) if setting.start else 1
+  if wrong := [i for i in setting.rungs if not 0 <= i < count]:
+    raise ValueError(f'{where}.rungs: there is no rung {wrong[0]}')
+  if wrong := [i for i, *_ in setting.named if i not in setting.rungs]:
+    raise ValueError(f'{where}.named: rung {wrong[0]} is not among its rungs {setting.rungs}')
+  for _, bits in setting.bits:
+    levels.quantizer(setting.levels, bits, setting.per)
 
 
 def make_task(config, mesh, **options) -> tuple[tasks.Task, Any]:
   """The images of the configuration and its network; `options` replace those of the model."""
-  return tasks.image_task(config, mesh, published, **options)
-
-
-def published(weights: str, model):
-  """Weights to start from instead of random ones."""
-  return lambda key: tasks.split(models.import_torchvision(weights, model))
+  return cifar.make_task(config, mesh, **options)
 
 
 # ---------------------------------------------------------------------------- plans
@@ -132,6 +180,56 @@ def ladder(setting, params, layers) -> list[sparsity.Plan]:
     )
     for keeps in setting.rungs
   ]
+
+
+def needed(config) -> set[tuple[str, int]]:
+  """Ladder and rung of every network that is quantized."""
+  chosen = (config.quantize[name] for name in config.settings if name in config.quantize)
+  return {(setting.start, i) for setting in chosen for i in setting.rungs}
+
+
+def climbs(config) -> dict[str, int]:
+  """How many rungs of each ladder are climbed: all that are asked for, or as far as a start is."""
+  found: dict[str, int] = {}
+  for name in config.settings:
+    if name in config.rates:
+      found[name] = len(config.rates[name].rungs)
+    elif start := config.quantize[name].start:
+      found[start] = max([found.get(start, 0), *(i + 1 for i in config.quantize[name].rungs)])
+  return found
+
+
+def climbed(config, name: str, run: cp.Run, dense: tasks.Variables, count: int):
+  """The first `count` rungs of a setting, one after the other."""
+  plans = ladder(config.rates[name], dense.params, run.task.layers)
+  long = {i for i, *_ in config.rates[name].named} or range(len(plans))
+  recipes = tuple(config.finish if i in long else config.retrain for i in range(len(plans)))
+  return itertools.islice(cp.climb(run, dense, plans, config.admm, recipes), count)
+
+
+# ---------------------------------------------------------------------------- levels
+
+
+def level_plan(setting, params, layers) -> quantize.Plan:
+  """The levels of every layer of a setting."""
+  rules = [
+    (regex, levels.quantizer(setting.levels, bits, setting.per)) for regex, bits in setting.bits
+  ]
+  return quantize.make_plan(params, rules, layers=layers)
+
+
+def on_levels(config, setting, run: cp.Run, begin: tasks.Variables, masks):
+  """A network on the levels of a setting, from a dense one or inside the masks of a pruned one.
+
+  Returns:
+    `levels.Quantized`, and the scores at the start, rounded and not trained.
+  """
+  plan = level_plan(setting, begin.params, run.task.layers)
+  if setting.way == 'admm':
+    trained = levels.by_admm(run, config.pull, config.mapping, plan, begin, masks)
+  else:
+    trained = levels.straight_through(run, config.straight, plan, begin, masks)
+  return levels.finish(run, plan, begin, trained, masks=masks)
 
 
 # ---------------------------------------------------------------------------- unused paths
@@ -163,9 +261,10 @@ def record(config, workdir: pathlib.Path, summary: list[dict]) -> None:
   best = outcome.chosen(summary, config.loss_goal)
   for name in {entry['setting']: None for entry in summary}:
     rungs = {entry['rung']: entry for entry in summary if entry['setting'] == name}
-    for i, label, goals, reference in config.rates[name].named:
+    named = (config.quantize if name in config.quantize else config.rates)[name].named
+    for i, label, goals, reference in named:
       out += outcome.ledger_rows(rungs[i], f'{where}/{label}', scored, dict(goals), reference)
-    if not config.rates[name].named and name in best:
+    if name in config.rates and not named and name in best:
       goals = {'change': -config.loss_goal}
       out += outcome.ledger_rows(best[name], f'{where}/{name}', scored, goals)
   record_once(workdir / 'recorded.json', summary, out)

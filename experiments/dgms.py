@@ -12,6 +12,9 @@ counted are exact levels; batch-norm statistics are taken anew on training image
   uniform   equal steps per output channel, straight-through
   binary    one scale per output channel and a sign, straight-through
 
+With `config.transfer` the network comes from other data: fine-tuned in float, quantized afresh, or
+quantized there and fine-tuned here with its mixtures as they were.
+
 Run again with the same `--workdir`, it goes on where it stopped; programs that run side by side with
 different `,settings=a+b` may share one. At the end `report.html` and `results.json` stand in the
 workdir.
@@ -22,18 +25,18 @@ import dataclasses
 import pathlib
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import numpy as np
 import optax
 
-from experiments import cifar, harness, outcome, pictures
+from experiments import cifar, harness, levels, outcome, pictures
 from experiments import compression as cp
 from experiments.harness import data_label, record_once, say
-from experiments.tasks import Task, Variables
-from fqjax import quantize, rules, train
+from experiments.tasks import Variables
+from fqjax import quantize, train
 from fqjax.quantize import plots
 from fqjax.tracing import leaf_name
 
@@ -45,46 +48,43 @@ _FREE = re.compile(
 )
 
 
-class Quantized(NamedTuple):
-  """A network on its levels.
-
-  Attributes:
-    plan: what every layer gets.
-    variables: dense parameters on levels; statistics taken anew.
-    codebooks: of `quantize.fit`, or trained mixtures.
-    start: codebooks at the beginning.
-  """
-
-  plan: quantize.Plan
-  variables: Variables
-  codebooks: Any
-  start: Any
-
-
 def experiment(config, workdir: pathlib.Path) -> list[dict]:
   """Quantizes and scores every setting with every seed; returns a row per setting."""
   check(config)
   mesh = harness.begin(config, workdir, _FREE)
   started = time.time()
   task, _ = cifar.make_task(config, mesh)
+  origin = source(config)
+  other = None if origin is None else cifar.make_task(origin, mesh)[0]
   networks, shown = [], {}
   for seed in config.seeds:
     run = cp.Run(task, workdir / f'seed{seed}', seed, mesh, config.log_every)
     first = task.init(jax.random.key(seed))
     for name in config.settings:  # what does not fit this network is found before it is trained
       make_plan(config, name, first.params, task.layers)
+    there = run._replace(folder=run.folder / 'source')
+    if other is not None:
+      assert origin is not None
+      there = there._replace(task=other)
+      donor = cp.phase(there, 'dense', other.init(jax.random.key(seed)), origin.dense)
+      first = with_body(donor, first)
     dense = cp.phase(run, 'dense', first, config.dense)
-    before = cp.scores(run, 'dense', dense, anew=False)
+    before = cp.scores(run, 'dense', dense, anew=other is not None)
     run = run._replace(task=cp.student(task, config.distill, dense))
     for name in config.settings:
-      inside = run._replace(folder=run.folder / name)
-      network, cut = train_levels(config, name, inside, dense)
+      inside, start, kept = run._replace(folder=run.folder / name), dense, None
+      if other is not None:
+        # Not from the float network of this data: all settings train on it for as long.
+        start = first
+        if name in config.transfer.kept:
+          kept, _ = train_levels(config, name, there._replace(folder=there.folder / name), donor)
+      network, cut = train_levels(config, name, inside, start, kept)
       found = cp.scores(inside, 'quantized', network.variables, anew=False)
-      sizes = measure(network)
+      sizes = levels.measure(network)
       networks.append(outcome.Measured(name, seed, 0, found, cut, before, sizes))
       say(f'{config.model.label} {outcome.line(networks[-1])}')
       if seed == config.seeds[0]:
-        shown[name] = network, dense
+        shown[name] = network, start
   summary = outcome.summarize(networks)
   for entry in summary:
     entry['series'] = config.choices[entry['setting']].kind
@@ -112,6 +112,11 @@ def check(config) -> None:
     if choice.kind not in KINDS:
       raise ValueError(f'config.choices.{name}.kind={choice.kind!r}: choose {", ".join(KINDS)}')
     quantizer(choice)
+  for name in config.transfer.kept:
+    if config.choices[name].kind != 'mixture' or not config.transfer.data:
+      raise ValueError(
+        f'config.transfer.kept={name!r}: only mixtures are kept, and only from config.transfer.data'
+      )
   cp.check_distill(config.distill)
   for name in ('dense', *PHASES):
     cp.check_recipe(name, config[name])
@@ -128,18 +133,9 @@ def quantizer(choice) -> quantize.Quantizer:
   """
   if choice.kind == 'mixture':
     return quantize.Mixture(2**choice.bits, tau=choice.tau)
-  if choice.kind == 'binary':
-    return quantize.Binary('channel')
-  if choice.kind == 'uniform':
-    return quantize.Uniform(choice.bits, 'channel', 'mse')
-  named = {
-    'interval': lambda: quantize.Interval(choice.bits, 'layer'),
-    'power_of_two': lambda: quantize.PowerOfTwo(choice.bits, 'layer'),
-    'ternary': lambda: quantize.Ternary('layer'),
-  }
-  if choice.levels not in named:
-    raise ValueError(f'levels={choice.levels!r}: choose {", ".join(named)}')
-  return named[choice.levels]()
+  if choice.kind == 'levels':
+    return levels.quantizer(choice.levels, choice.bits)
+  return levels.quantizer(choice.kind, choice.bits, 'channel')
 
 
 def make_plan(config, name: str, params, layers) -> quantize.Plan:
@@ -168,29 +164,42 @@ def only(plan: quantize.Plan, mixtures: bool) -> quantize.Plan:
 # ---------------------------------------------------------------------------- training
 
 
-def train_levels(config, name: str, run: cp.Run, dense: Variables):
+def train_levels(config, name: str, run: cp.Run, dense: Variables, kept=None):
   """One setting.
 
+  Args:
+    config: of the experiment.
+    name: of the setting.
+    run: the network on its way.
+    dense: to start from.
+    kept: `levels.Quantized` of other data, whose weights and mixtures it starts from instead; the
+      mixtures stay as they are.
+
   Returns:
-    The network, and its scores right at the start, before any training.
+    `levels.Quantized`, and its scores right at the start, before any training.
   """
-  plan = make_plan(config, name, dense.params, run.task.layers)
-  if config.choices[name].kind == 'mixture':
-    trained = train_mixtures(config, name, run, dense, plan)
+  plan, kind = make_plan(config, name, dense.params, run.task.layers), config.choices[name].kind
+  if kind == 'mixture':
+    return train_mixtures(config, name, run, dense, plan, kept)
+  if kind == 'levels':
+    trained = levels.by_admm(run, config.pull, config.mapping, plan, dense)
   else:
-    trained = train_fitted(config, name, run, dense, plan)
-  start, params, state, books = trained
-  on_levels = quantize.project(plan, dense.params, codebooks=start)
-  cut = cp.scores(run, 'start', Variables(on_levels, dense.model_state))
-  done = cp.settled(run, Variables(quantize.project(plan, params, codebooks=books), state))
-  return Quantized(plan, done, books, start), cut
+    trained = levels.straight_through(run, config.straight, plan, dense)
+  return levels.finish(run, plan, dense, trained)
 
 
-def train_mixtures(config, name: str, run: cp.Run, dense: Variables, plan: quantize.Plan):
-  """Soft weights, then hard ones; the codebooks at the start, and what came out."""
+def train_mixtures(
+  config, name: str, run: cp.Run, dense: Variables, plan: quantize.Plan, kept=None
+):
+  """Soft weights, then hard ones; arguments and result as of `train_levels`."""
   inner, outer = only(plan, True), quantize.straight_through(only(plan, False))
-  choice = config.choices[name]
-  mixtures = quantize.init_dgms(dense.params, inner)
+  choice, rates = config.choices[name], config.rates
+  if kept is None:
+    mixtures = quantize.init_dgms(dense.params, inner)
+  else:
+    dense = with_body(kept.variables, dense)
+    mixtures = matching(kept.codebooks, inner, dense.params)
+    rates = dict.fromkeys(rates, 0.0)
   variables = Variables(
     {'params': dense.params, 'codebooks': as_dicts(mixtures)}, dense.model_state
   )
@@ -206,30 +215,29 @@ def train_mixtures(config, name: str, run: cp.Run, dense: Variables, plan: quant
       seen = outer(trained['params'])
       return quantize.effective_params(seen, as_mixtures(trained['codebooks']), mode)
 
-    inside = run._replace(task=seen_as(run.task, view))
     variables = cp.phase(
-      inside,
+      run._replace(task=levels.seen_as(run.task, view)),
       phase,
       variables,
       how,
-      last=scaled(config.rates),
+      last=scaled(rates),
       watch=(watch_levels(plan),),
     )
   params = variables.params['params']
-  trained = as_mixtures(variables.params['codebooks'])
-  edges = quantize.fit(only(plan, False), params)
-  first = quantize.fit(only(plan, False), dense.params)
-  return (
-    both(dense.params, mixtures, first),
-    params,
-    variables.model_state,
-    both(params, trained, edges),
+  edges = only(plan, False)
+  return levels.finish(
+    run,
+    plan,
+    dense,
+    Variables(params, variables.model_state),
+    start=both(dense.params, mixtures, quantize.fit(edges, dense.params)),
+    codebooks=both(params, as_mixtures(variables.params['codebooks']), quantize.fit(edges, params)),
   )
 
 
 def scaled(rates) -> optax.GradientTransformation:
   """Learning rates of the parts of a mixture, over that of the weights; its temperature stays."""
-  by = {'mu': rates.mu, 'log_sigma': rates.sigma, 'pi': rates.pi, 'log_tau': 0.0}
+  by = {'mu': rates['mu'], 'log_sigma': rates['sigma'], 'pi': rates['pi'], 'log_tau': 0.0}
 
   def scale(updates, params=None):
     del params
@@ -239,34 +247,6 @@ def scaled(rates) -> optax.GradientTransformation:
     return {'params': updates['params'], 'codebooks': codebooks}
 
   return optax.stateless(scale)
-
-
-def train_fitted(config, name: str, run: cp.Run, dense: Variables, plan: quantize.Plan):
-  """Levels that follow the weights: by ADMM and mapping, or straight-through."""
-  start = quantize.fit(plan, dense.params)
-  if config.choices[name].kind == 'levels':
-    pulled = cp.phase(run, 'pull', dense, config.pull, target=quantize.target(plan))
-    total = round(config.mapping.epochs * run.task.steps_per_epoch)
-    last = None
-    if total:
-      # The whole is mapped before the last fifth: batch norm and biases settle around it.
-      at = tuple(round(total * part) for part in (0.0, 0.3, 0.55, 0.8))
-      last = rules.progressive_mapping(plan, at)
-    params, state = cp.phase(run, 'mapping', pulled, config.mapping, last=last)
-  else:
-    seen = quantize.straight_through(plan)
-    inside = run._replace(task=seen_as(run.task, seen))
-    params, state = cp.phase(inside, 'straight', dense, config.straight)
-  return start, params, state, quantize.fit(plan, params)
-
-
-def seen_as(task: Task, view) -> Task:
-  """The task of a network that sees `view(params)` in place of its params."""
-
-  def loss_fn(params, model_state, batch, key):
-    return task.loss_fn(view(params), model_state, batch, key)
-
-  return task._replace(loss_fn=loss_fn)
 
 
 def as_dicts(mixtures) -> dict:
@@ -288,14 +268,15 @@ def _is_mixture(x) -> bool:
   return isinstance(x, quantize.MixtureLeaf)
 
 
+def by_path(mixtures) -> dict[str, quantize.MixtureLeaf]:
+  """The mixtures of a tree by the paths of their weights."""
+  found = jax.tree_util.tree_leaves_with_path(mixtures, is_leaf=_is_mixture)
+  return {leaf_name(path): leaf for path, leaf in found if _is_mixture(leaf)}
+
+
 def both(params, mixtures, fitted):
   """One tree of codebooks like `params`: the mixtures, fitted ones elsewhere."""
-  have = {
-    leaf_name(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(mixtures, is_leaf=_is_mixture)
-    if _is_mixture(leaf)
-  }
-  other = flatten_dict(fitted, sep='/')
+  have, other = by_path(mixtures), flatten_dict(fitted, sep='/')
   return unflatten_dict(
     {path: have.get(path, other.get(path)) for path in flatten_dict(params, sep='/')}, sep='/'
   )
@@ -303,7 +284,7 @@ def both(params, mixtures, fitted):
 
 def watch_levels(plan: quantize.Plan):
   """Logs the levels of the largest layer that has a mixture."""
-  path = largest(plan)
+  path = levels.largest(plan)
 
   def look(state: train.TrainState) -> dict[str, float]:
     leaf = flatten_dict(state.params['codebooks'], sep='/')[f'{path}/mu']
@@ -312,19 +293,58 @@ def watch_levels(plan: quantize.Plan):
   return look
 
 
-def largest(plan: quantize.Plan) -> str:
-  """Path of the layer with the most weights among those on the setting's own levels."""
-  return max(
-    (e for e in plan.quantized if not isinstance(e.quantizer, quantize.Uniform) or e.shape[0] > 1),
-    key=lambda e: np.prod(e.shape),
-  ).path
+# ---------------------------------------------------------------------------- transfer
 
 
-def measure(network: Quantized) -> cp.Sizes:
-  """Counts the bytes of a network on its levels: indices, codebooks, and what stayed float."""
-  found = quantize.sizes(network.plan, network.variables.params, codebooks=network.codebooks)
-  kernels = {entry.path for entry in network.plan.entries if len(entry.shape) > 1}
-  return cp.network_sizes(found, kernels, network.variables.model_state)
+def source(config):
+  """The configuration of the data that a network comes from, `config.transfer`; None without."""
+  if not config.transfer.data:
+    return None
+  other = config.copy_and_resolve_references()
+  with other.unlocked():
+    other.data.update(
+      name=config.transfer.data,
+      train_split=config.transfer.train_split,
+      held_out_split='',
+      test_split=config.transfer.test_split,
+    )
+    other.model.weights, other.dense.epochs = config.transfer.weights, config.transfer.epochs
+  return other
+
+
+def with_body(donor: Variables, own: Variables) -> Variables:
+  """`own` with every array of `donor` that has its path and shape: all but the classifier.
+
+  Raises:
+    ValueError: when none has.
+  """
+
+  def take(given, mine):
+    have: dict[str, Any] = dict(flatten_dict(given, sep='/'))
+    own: dict[str, Any] = dict(flatten_dict(mine, sep='/'))
+    fits = {k: v for k, v in have.items() if k in own and np.shape(v) == np.shape(own[k])}
+    return unflatten_dict({**own, **fits}, sep='/'), len(fits)
+
+  params, count = take(donor.params, own.params)
+  if not count:
+    raise ValueError('the network of config.transfer has no array of this one.')
+  state = take(donor.model_state, own.model_state)[0] if own.model_state else own.model_state
+  return Variables(params, state)
+
+
+def matching(codebooks, plan: quantize.Plan, params):
+  """The mixtures of another network for the layers of a plan, as a tree like `params`.
+
+  Raises:
+    ValueError: a layer of the plan has none there.
+  """
+  have = by_path(codebooks)
+  paths = {entry.path for entry in plan.quantized}
+  if missing := paths - set(have):
+    raise ValueError(f'{min(missing)!r} has no mixture in the network of config.transfer.')
+  return unflatten_dict(
+    {k: have[k] if k in paths else None for k in flatten_dict(params, sep='/')}, sep='/'
+  )
 
 
 # ---------------------------------------------------------------------------- report
@@ -334,22 +354,7 @@ def report(config, workdir: pathlib.Path, summary: list[dict], shown: Mapping) -
   """`report.html`: the comparison, weights and levels of a layer before and after, over time."""
   more = []
   for name, (network, dense) in shown.items():
-    path = largest(network.plan)
-    before, after = (
-      np.asarray(flatten_dict(params, sep='/')[path])
-      for params in (dense.params, network.variables.params)
-    )
-    start, end = (
-      flatten_dict(books, sep='/', is_leaf=lambda _, x: not isinstance(x, dict))[path]
-      for books in (network.start, network.codebooks)
-    )
-    more.append(
-      train.Picture(
-        f'Weights of {path}: {name}',
-        plots.level_histogram(before, start, after, end),
-        'Above the dense weights with the levels they begin on, below the quantized weights.',
-      )
-    )
+    more.append(levels.histogram(name, network, dense))
     rows = [
       row
       for phase in ('soft', 'hard')
@@ -362,7 +367,7 @@ def report(config, workdir: pathlib.Path, summary: list[dict], shown: Mapping) -
         train.Picture(
           f'Levels over time: {name}',
           plots.levels_over_time([[row[k] for k in keys] for row in rows]),
-          f'Means of the mixture of {path} at every look, soft weights first, then hard ones.',
+          f'Means of the mixture of {levels.largest(network.plan)} at every look, soft weights first, then hard ones.',
         )
       )
   outcome.write_report(
@@ -378,6 +383,9 @@ def record(config, workdir: pathlib.Path, summary: list[dict]) -> None:
   """Appends the dense network and every setting to the ledger."""
   where = f'dgms/{data_label(config.data.name)}/{config.model.label}'
   scored = cifar.described(config)
+  if config.transfer.data:
+    begun = config.transfer.weights or 'a network trained'
+    scored += f', from {begun} of {data_label(config.transfer.data)}'
   rows = [outcome.dense_row(summary[0], f'{where}/dense', scored, config.dense_goal or None)]
   for entry in summary:
     choice = config.choices[entry['setting']]

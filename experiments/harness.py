@@ -58,6 +58,8 @@ def run(experiment: Callable[[Any, pathlib.Path], Any]) -> None:
 def check_same_experiment(workdir: pathlib.Path, config, free: re.Pattern) -> None:
   """Refuses to go on in a folder that holds runs of another configuration.
 
+  Sections that the program did not have yet at the time of the earlier run may be as they like.
+
   Args:
     workdir: the folder; its `config.json`, if any, is of the earlier run.
     config: of this run.
@@ -71,10 +73,11 @@ def check_same_experiment(workdir: pathlib.Path, config, free: re.Pattern) -> No
     return
   old = flatten_dict(json.loads(path.read_text()), sep='.')
   new = flatten_dict(json.loads(config.to_json_best_effort()), sep='.')
+  sections = {k.split('.')[0] for k in old}
   differ = [
     f'{k}: {old.get(k)} there, {new.get(k)} now'
     for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k) and not free.fullmatch(k)
+    if old.get(k) != new.get(k) and not free.fullmatch(k) and k.split('.')[0] in sections
   ]
   if differ:
     raise ValueError(

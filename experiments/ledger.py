@@ -81,6 +81,9 @@ METRICS = {
   ),
   'conv_compression_8bit': Metric('x', True, 'the same with 8 bits a value on both sides'),
   'compression_bytes': Metric('x', True, 'float32 bytes over all stored bytes'),
+  'compression_values': Metric(
+    'x', True, 'float32 bytes of all weights over those of the values of living ones alone'
+  ),
   'bits_per_weight': Metric('bit', False, 'stored bits over dense weights'),
   'rate': Metric('x', True, 'dense weights over kept weights, of the pruned matrices alone'),
   'rate_over_structured': Metric(
@@ -95,6 +98,7 @@ METRICS = {
   'input_bytes': Metric('B', False, 'bytes of one image as sent to the device'),
   'input_values': Metric('1', False, 'numbers of one image as sent to the device'),
   'channels_on': Metric('1', False, 'DCT channels in use, mean over images'),
+  'needed_rate': Metric('x', False, 'rate of a matrix from which on its product is faster'),
   'ratio': Metric('x', True, 'ours over the peer named in reference, larger is better'),
   'bandwidth_fraction': Metric('1', True, 'bytes moved per second over a plain copy of them'),
   'images_per_second': Metric('images/s', True, 'throughput'),
@@ -699,6 +703,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
       Column('change of perplexity', 'perplexity_change'),
       Column('fewer weights, x', 'compression'),
       Column('fewer bytes, x', 'compression_bytes'),
+      Column('values alone, x', 'compression_values'),
     ),
   ),
   'frequency': run_table(

@@ -313,6 +313,7 @@ _EXTRA = {
   'conv_compression': '',
   'conv_compression_bytes': '',
   'conv_compression_8bit': '',
+  'compression_values': 'bits of the surviving weights alone',
   'agreement': '',
   'logit_error': '',
   'index_saving': 'compressed sparse rows with 32-bit columns',

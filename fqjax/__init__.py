@@ -17,6 +17,9 @@ _HOME = {
   'list_models': 'fqjax.models',
   # what a network costs
   'summary': 'fqjax.tracing',
+  'can_export': 'fqjax.tracing',
+  # the way out of JAX
+  'export': 'fqjax.exporter',
   # which weights may live
   'make_plan': 'fqjax.sparsity',
   # frequencies
@@ -25,6 +28,7 @@ _HOME = {
 }
 _ROOMS = (
   'data',
+  'exporter',
   'models',
   'nn',
   'ops',
@@ -42,10 +46,13 @@ __all__ = [  # noqa: RUF022 (the order of a table of contents)
   'create_language_model',
   'list_models',
   'summary',
+  'can_export',
+  'export',
   'make_plan',
   'select_channels',
   'channel_subset',
   'data',
+  'exporter',
   'models',
   'nn',
   'ops',
@@ -59,6 +66,7 @@ __all__ = [  # noqa: RUF022 (the order of a table of contents)
 
 if typing.TYPE_CHECKING:
   from fqjax import data as data
+  from fqjax import exporter as exporter
   from fqjax import models as models
   from fqjax import nn as nn
   from fqjax import ops as ops
@@ -68,12 +76,14 @@ if typing.TYPE_CHECKING:
   from fqjax import sparsity as sparsity
   from fqjax import tracing as tracing
   from fqjax import train as train
+  from fqjax.exporter import export as export
   from fqjax.models import create_language_model as create_language_model
   from fqjax.models import create_model as create_model
   from fqjax.models import list_models as list_models
   from fqjax.ops import channel_subset as channel_subset
   from fqjax.ops import select_channels as select_channels
   from fqjax.sparsity import make_plan as make_plan
+  from fqjax.tracing import can_export as can_export
   from fqjax.tracing import summary as summary
 
 

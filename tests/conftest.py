@@ -53,5 +53,5 @@ def pytest_collection_modifyitems(config, items):
     return
   skip = pytest.mark.skip(reason='long: runs with `make test-all`')
   for item in items:
-    if 'full' in item.keywords:
+    if item.get_closest_marker('full'):
       item.add_marker(skip)

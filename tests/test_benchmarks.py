@@ -47,6 +47,18 @@ def test_transforms(tmp_path):
   assert goals['DCT of 8x8 blocks, NHWC to channels, against jax.scipy'] == 4.0
 
 
+def test_export(tmp_path):
+  from benchmarks import export
+
+  path = tmp_path / 'rows.json'
+  export.main(['--model', 'lenet5', '--repeats', '2', '--json', str(path)])
+  rows = {row['name'].split('/')[0]: row for row in check_json(path, 4)}
+  assert list(rows) == list(export.PARTS)
+  assert rows['run']['goal'] == pytest.approx(2 / 3) and rows['load']['goal'] == 0.2
+  with pytest.raises(SystemExit):
+    export.parse_command(['--only', 'walk'])
+
+
 def test_compare_takes_turns_and_waits():
   calls = []
   contenders = {name: lambda name=name: calls.append(name) or jnp.ones(3) for name in 'abc'}
@@ -184,7 +196,16 @@ def test_sparsity_refuses_parts_there_are_not(capsys):
   assert "no 'steps'; parts are step, jaxpruner" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('part', ['step', 'start', 'memory'])
+def test_break_even_is_where_the_speedup_passes_one():
+  from benchmarks.quantize import break_even
+
+  assert break_even((2, 4, 8), (0.25, 0.5, 4.0)) == pytest.approx(4 * 2 ** (1 / 3))
+  assert break_even((2, 4, 8), (1.5, 0.5, 2.0)) == pytest.approx(4 * 2**0.5)
+  assert break_even((2, 4), (1.5, 2.0)) == 2.0
+  assert break_even((2, 4), (0.1, 0.9)) is None
+
+
+@pytest.mark.parametrize('part', ['step', 'start', 'memory', 'calibration', 'sparse_kernel'])
 def test_quantize(part, tmp_path, monkeypatch):
   from benchmarks import quantize
 
@@ -196,6 +217,19 @@ def test_quantize(part, tmp_path, monkeypatch):
   if part == 'step':
     assert goals == {'step/batch 4, K = 16/soft': 1 / 1.3}
     assert {row.metric for row in written} == {'ratio', 'step_time', 'peak_memory'}
+  if part == 'calibration':
+    assert list(goals.values()) == [0.8]
+    assert {row.metric for row in written} == {'ratio', 'step_time', 'peak_memory'}
+    # Calibration holds the network's pass and the samples of it besides.
+    assert _ratios(rows, part)[next(n for n in _ratios(rows, part) if 'calibration, mem' in n)] < 1
+  if part == 'sparse_kernel':
+    pytest.importorskip('threadpoolctl')
+    assert {row.metric for row in written} <= {'ratio', 'needed_rate', 'step_time'}
+    ratios = _ratios(rows, part)
+    each = {row['name']: row['value'] for row in rows if row['unit'] == 'x'}
+    for rate in quantize.RATES:
+      name = f'sparse_kernel/small, 1 image/{rate}x sparse rows'
+      assert each[f'{name}, rate per speed-up'] == pytest.approx(rate / ratios[name])
   if part == 'start':
     assert goals == {'start/0.0 M weights, K = 16': 20.0}
     assert [row.metric for row in written] == ['duration'] and written[0].reached == 'yes'
@@ -204,7 +238,7 @@ def test_quantize(part, tmp_path, monkeypatch):
     # Tests compile without fusion, so the ratios themselves say nothing here.
     assert [row.metric for row in written] == ['peak_memory', 'ratio', 'ratio']
     assert all(0 < ratio <= 1 for ratio in _ratios(rows, part).values() if ratio)
-  assert len(written) == len(rows)
+  assert len(written) == len([row for row in rows if 'per speed-up' not in row['name']])
 
 
 def test_the_peer_prunes_as_its_authors_do():

@@ -9,7 +9,9 @@ import pytest
 COLABS = pathlib.Path(__file__).parent.parent / 'colabs'
 
 
-@pytest.mark.parametrize('name', ['quickstart', 'frequency', 'prune_your_model'])
+@pytest.mark.parametrize(
+  'name', ['quickstart', 'frequency', 'prune_your_model', 'quantize_your_model']
+)
 @pytest.mark.filterwarnings('default')  # the kernel's own; cells run in a process of theirs
 def test_notebook_runs(name, tmp_path, monkeypatch):
   nbclient = pytest.importorskip('nbclient')

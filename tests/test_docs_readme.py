@@ -17,7 +17,9 @@ def blocks():
 
 
 def test_python_blocks_run_from_top_to_bottom(capsys):
-  found = [block for block in blocks() if 'make_plan' not in block]  # those stand alone
+  # Those of pruning and what goes on from there stand alone.
+  others = ('make_plan', 'integer_graph', 'fq.export', 'fqjax.runtime')
+  found = [b for b in blocks() if not any(word in b for word in others)]
   assert len(found) >= 2
   # What a reader has before the first line: photographs, and the network's variables.
   images = np.zeros((2, 64, 64, 3), np.uint8)
@@ -35,7 +37,7 @@ def test_python_blocks_run_from_top_to_bottom(capsys):
 
 
 @pytest.mark.promotes('Adam of optax')
-def test_pruning_and_quantizing_in_three_lines_need_nothing_before_them(capsys):
+def test_pruning_and_what_follows_need_nothing_before_them(capsys, tmp_path, monkeypatch):
   pytest.importorskip('sklearn')
   (block,) = [block for block in blocks() if 'fq.make_plan' in block]
   assert len(block.splitlines()) < 40
@@ -54,3 +56,23 @@ def test_pruning_and_quantizing_in_three_lines_need_nothing_before_them(capsys):
   for layer in names['quantized'].values():
     assert len(np.unique(layer['kernel'])) <= 8
   assert float(capsys.readouterr().out.split()[-1]) > dense - 0.03
+
+  # And the one of activations from there.
+  (block,) = [block for block in blocks() if 'integer_graph' in block]
+  assert len([line for line in block.splitlines() if 'fq.' in line]) == 3
+  exec(compile(block, 'README.md, integers', 'exec'), names)
+  ops = [node.op for node in names['integers'].nodes]
+  assert ops == ['quantize', 'qdot', 'qdot', 'qdot', 'dequantize']
+  assert float(capsys.readouterr().out.split()[-1]) > dense - 0.02
+  in_float = re.search(r"`in_float='(.*?)'`", README.read_text())[1]
+  assert 'Dense_2' in fq.quantize.float_layers(names['graph'], in_float)[0]
+
+  # The file and what NumPy makes of it.
+  monkeypatch.chdir(tmp_path)
+  (block,) = [block for block in blocks() if 'fq.export' in block]
+  exec(compile(block, 'README.md, export', 'exec'), names)
+  assert 'bytes, all of the file' in capsys.readouterr().out
+  (block,) = [block for block in blocks() if 'fqjax.runtime.load' in block]
+  exec(compile(block, 'README.md, runtime', 'exec'), names)
+  want = names['net'].apply({'params': names['quantized']}, names['x'][1200:])
+  np.testing.assert_allclose(names['scores'], want, atol=1e-4)

@@ -52,7 +52,13 @@ def equalize(graph: Graph, rounds: int = 20) -> Graph:
   return dataclasses.replace(graph, constants=arrays)
 
 
-def correct_bias(graph: Graph, ranges: Mapping[str, Range], batches: Iterable[Any]) -> Graph:
+def correct_bias(
+  graph: Graph,
+  ranges: Mapping[str, Range],
+  batches: Iterable[Any],
+  in_float: str = '',
+  largest: Mapping[str, np.ndarray] | None = None,
+) -> Graph:
   """Takes the mean error that rounded weights make out of the biases.
 
   The error of a layer's mean result is the error of its weights times its mean input, per channel
@@ -62,6 +68,8 @@ def correct_bias(graph: Graph, ranges: Mapping[str, Range], batches: Iterable[An
     graph: frozen.
     ranges: of `calibrate`.
     batches: as `calibrate` takes them.
+    in_float: layers that stay in float, as in `integer_graph`: their weights are not rounded.
+    largest: as in `integer_graph`.
 
   Returns:
     The graph with other biases, for the same ranges; layers without one get one.
@@ -80,7 +88,7 @@ def correct_bias(graph: Graph, ranges: Mapping[str, Range], batches: Iterable[An
 
   Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
   """
-  steps = find_steps(graph)
+  steps = find_steps(graph, in_float)
   layers = [step for step in steps if step.kind in ('conv', 'dot')]
   means = _channel_means(graph, layers, batches)
   scale_of = sources(graph, steps)
@@ -91,7 +99,8 @@ def correct_bias(graph: Graph, ranges: Mapping[str, Range], batches: Iterable[An
     source = scale_of.get(x, x)
     if source not in ranges:
       raise ValueError(f'{step.where}: no range for its input {source!r}; calibrate first.')
-    shift = -_mean_error(graph, step, ranges[source], means[x])
+    reach = (largest or {}).get(step.details['kernel'])
+    shift = -_mean_error(graph, step, ranges[source], means[x], reach)
     node, kernel = step.nodes[0], step.details['kernel']
     rank = len(graph.tensors[node.outputs[0]].shape)
     axis = node.attributes['layout'][2].index('C') if step.kind == 'conv' else rank - 1
@@ -230,13 +239,15 @@ def _channel_axis(graph: Graph, step: Step) -> int:
   return len(graph.tensors[step.inputs[0]].shape) - 1
 
 
-def _mean_error(graph: Graph, step: Step, given: Range, mean: np.ndarray) -> np.ndarray:
+def _mean_error(
+  graph: Graph, step: Step, given: Range, mean: np.ndarray, largest: np.ndarray | None
+) -> np.ndarray:
   kernel = graph.constants[step.details['kernel']]
   bias = step.details['bias']
   channel = _output_axis(step)
   outputs = kernel.shape[channel]
   offset = None if bias is None else np.broadcast_to(graph.constants[bias].reshape(-1), outputs)
-  layer = integer_layer(kernel, offset, given.scale, channel)
+  layer = integer_layer(kernel, offset, given.scale, channel, largest)
   shape = [-1 if axis == channel else 1 for axis in range(kernel.ndim)]
   error = layer.weight * layer.scale.reshape(shape) - kernel
   rows, _ = _by_input_channel(step, error)

@@ -27,12 +27,15 @@ class FakeQuantParams(NamedTuple):
   ranges: dict[str, Range]
 
 
-def init_fake_quant(graph: Graph, ranges: Mapping[str, Range]) -> FakeQuantParams:
+def init_fake_quant(
+  graph: Graph, ranges: Mapping[str, Range], in_float: str = ''
+) -> FakeQuantParams:
   """Trainable leaves of a frozen graph.
 
   Args:
     graph: frozen.
     ranges: of `calibrate`.
+    in_float: layers that stay in float, as in `integer_graph`; their weights are none of these.
 
   Example:
     >>> from fqjax.exporter.passes import freeze
@@ -43,7 +46,7 @@ def init_fake_quant(graph: Graph, ranges: Mapping[str, Range]) -> FakeQuantParam
     ['params']
   """
   weights = {}
-  for step in find_steps(graph):
+  for step in find_steps(graph, in_float):
     for name in (step.details.get('kernel'), step.details.get('bias')):
       if name is not None:
         weights[name] = jnp.asarray(graph.constants[name])
@@ -77,7 +80,7 @@ def with_weights(graph: Graph, params: FakeQuantParams) -> Graph:
 
 
 def fake_quant(
-  graph: Graph, params: FakeQuantParams, inputs: Sequence[Any]
+  graph: Graph, params: FakeQuantParams, inputs: Sequence[Any], in_float: str = ''
 ) -> tuple[jax.Array, ...]:
   """Runs a frozen graph in float32 as if in integers; under jit, vmap and grad.
 
@@ -89,6 +92,7 @@ def fake_quant(
     graph: frozen.
     params: of `init_fake_quant`.
     inputs: float32 arrays in the order of `graph.inputs`.
+    in_float: layers that stay in float, as in `integer_graph`.
 
   Returns:
     Float32 arrays in the order of `graph.outputs`.
@@ -107,7 +111,7 @@ def fake_quant(
   Source: Jacob et al. 2018, arXiv 1712.05877, section 3; ranges: Esser et al. 2020, arXiv
   1902.08153 (the gradient of a step, its scale), Choi et al. 2018, arXiv 1805.06085 (the clip).
   """
-  steps = find_steps(graph)
+  steps = find_steps(graph, in_float)
   scale_of = sources(graph, steps)
   values: dict[str, Any] = dict(graph.constants)
   values |= zip(graph.inputs, map(jnp.asarray, inputs), strict=True)

@@ -33,7 +33,11 @@ class IntegerLayer(NamedTuple):
 
 
 def integer_layer(
-  kernel: np.ndarray, bias: np.ndarray | None, input_scale: float, channel: int
+  kernel: np.ndarray,
+  bias: np.ndarray | None,
+  input_scale: float,
+  channel: int,
+  largest: np.ndarray | None = None,
 ) -> IntegerLayer:
   """Rounds a layer: weights symmetric per output channel, bias at the scale of the sums.
 
@@ -42,6 +46,8 @@ def integer_layer(
     bias: [o], or None.
     input_scale: of the activation it is applied to.
     channel: axis of the output channels.
+    largest: [o], magnitudes that 127 stands for where they are more than those of the kernel:
+      channels that share their levels, and do not all have the largest, keep them apart alike.
 
   Returns:
     The layer. The scale of a channel is its largest magnitude over 127, and never so small that
@@ -59,25 +65,36 @@ def integer_layer(
   offset = np.zeros(rows.shape[-1]) if bias is None else np.asarray(bias, np.float64)
   if not (np.isfinite(rows).all() and np.isfinite(offset).all()):
     raise ValueError('kernel or bias hold NaN or an infinity.')
-  scale = channel_scales(rows, offset, input_scale)
+  scale = channel_scales(rows, offset, input_scale, largest)
   weight = np.clip(np.rint(rows / scale), -WEIGHT_STEPS, WEIGHT_STEPS).astype(np.int8)
   steps = np.rint(offset / (input_scale * scale))
   return IntegerLayer(np.moveaxis(weight, -1, channel), steps.astype(np.int32), scale)
 
 
-def channel_scales(rows: np.ndarray, bias: np.ndarray, input_scale: float) -> np.ndarray:
+def channel_scales(
+  rows: np.ndarray, bias: np.ndarray, input_scale: float, largest: np.ndarray | None = None
+) -> np.ndarray:
   """Scale per last axis, see `integer_layer`."""
-  largest = np.abs(rows).reshape(-1, rows.shape[-1]).max(0, initial=0)
-  scale = np.maximum(largest / WEIGHT_STEPS, np.abs(bias) / (input_scale * _BIAS_STEPS))
+  own = np.abs(rows).reshape(-1, rows.shape[-1]).max(0, initial=0)
+  reach = own if largest is None else np.maximum(own, largest)
+  scale = np.maximum(reach / WEIGHT_STEPS, np.abs(bias) / (input_scale * _BIAS_STEPS))
   return np.where(scale > 0, scale, 1.0)
 
 
-def integer_graph(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
+def integer_graph(
+  graph: Graph,
+  ranges: Mapping[str, Range],
+  in_float: str = '',
+  largest: Mapping[str, np.ndarray] | None = None,
+) -> Graph:
   """Brings a network to integers: uint8 activations, int8 weights, int32 sums.
 
   Args:
     graph: frozen.
     ranges: tensor -> range, of `calibrate` on the same graph.
+    in_float: regex on the whole names of layers, as `print(graph)` has them behind '#'
+      ('Net/Dense_0'): they and what they read stay in float, because they lose too much.
+    largest: kernel -> [o], as in `integer_layer`.
 
   Returns:
     A valid graph of integer operations (`fqjax.runtime.oplist.INTEGER`) between a `quantize` of
@@ -87,7 +104,7 @@ def integer_graph(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
 
   Raises:
     ValueError: a tensor without a range, naming the layer; a layer whose sums could leave int32;
-      weights that are not finite.
+      weights that are not finite; an `in_float` that names no layer.
 
   Example:
     >>> from fqjax.exporter.passes import freeze
@@ -100,14 +117,15 @@ def integer_graph(graph: Graph, ranges: Mapping[str, Range]) -> Graph:
 
   Source: Jacob et al. 2018, arXiv 1712.05877, section 2.
   """
-  return _Lowering(graph, ranges).run()
+  return _Lowering(graph, ranges, find_steps(graph, in_float), largest or {}).run()
 
 
-def float_layers(graph: Graph) -> tuple[str, ...]:
+def float_layers(graph: Graph, in_float: str = '') -> tuple[str, ...]:
   """What stays in float in the integer graph: operation and layer of each step.
 
   Args:
     graph: frozen.
+    in_float: as in `integer_graph`.
 
   Example:
     >>> from fqjax.exporter.passes import freeze
@@ -117,13 +135,18 @@ def float_layers(graph: Graph) -> tuple[str, ...]:
     >>> [any(op in name for name in float_layers(graph)) for op in ('exp', 'dot')]
     [True, False]
   """
-  return tuple(step.where for step in find_steps(graph) if step.kind == 'float')
+  return tuple(step.where for step in find_steps(graph, in_float) if step.kind == 'float')
 
 
 class _Lowering:
-  def __init__(self, graph: Graph, ranges: Mapping[str, Range]):
-    self.graph, self.ranges = graph, ranges
-    self.steps = find_steps(graph)
+  def __init__(
+    self,
+    graph: Graph,
+    ranges: Mapping[str, Range],
+    steps: Sequence[Step],
+    largest: Mapping[str, np.ndarray],
+  ):
+    self.graph, self.ranges, self.steps, self.largest = graph, ranges, steps, largest
     self.sources = sources(graph, self.steps)
     self.nodes: list[Node] = []
     self.constants = dict(graph.constants)
@@ -187,7 +210,7 @@ class _Lowering:
     name, bias = step.details['kernel'], step.details['bias']
     if bias is not None:
       bias = np.broadcast_to(self.graph.constants[bias].reshape(-1), kernel.shape[axis])
-    layer = integer_layer(kernel, bias, given.scale, axis)
+    layer = integer_layer(kernel, bias, given.scale, axis, self.largest.get(name))
     low, high = reference.accumulator_bounds(layer.weight, layer.bias, given.zero, axis)
     limits = np.iinfo(np.int32)
     if low.min(initial=0) < limits.min or high.max(initial=0) > limits.max:

@@ -132,6 +132,8 @@ def calibrate(
   batches: Iterable[Any],
   method: str | Callable[[Seen], Range] = 'mse',
   names: Sequence[str] | None = None,
+  *,
+  in_float: str = '',
 ) -> dict[str, Range]:
   """Ranges of the activations of a network, one per tensor.
 
@@ -141,6 +143,7 @@ def calibrate(
       data a network is scored on.
     method: 'min_max', 'percentile', 'mse', 'entropy', or any function of what was seen.
     names: tensors to look at; those that the integer graph rounds if None.
+    in_float: regex on the names of layers that stay in float, as in `integer_graph`.
 
   Returns:
     Tensor name -> range.
@@ -159,7 +162,7 @@ def calibrate(
   if isinstance(method, str) and method not in METHODS:
     raise ValueError(f'method must be one of {", ".join(METHODS)} or a function, got {method!r}.')
   choose = METHODS[method] if isinstance(method, str) else method
-  found = observed(graph, batches, names)
+  found = observed(graph, batches, activations(graph, in_float) if names is None else names)
   return {name: choose(one) for name, one in found.items()}
 
 
@@ -177,14 +180,10 @@ def observed(
     ValueError: as `calibrate`.
   """
   names = activations(graph) if names is None else tuple(names)
-  call, arrays = compiled_pass(graph, names, _parts)
-  # All tensors at once: one scatter compiles a hundred times faster than a hundred.
-  add = jax.jit(jax.vmap(_add))
-  states = jax.tree.map(lambda x: jnp.stack([x] * len(names)), observe_nothing())
+  states, watch = watching(graph, names)
   count = 0
   for batch in batches:
-    inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
-    states = add(states, *call(arrays, tuple(map(jnp.asarray, inputs))))
+    states = watch(states, batch)
     count += 1
   if not count:
     raise ValueError('calibration has seen no batch: the iterator is empty (or used up already).')
@@ -200,7 +199,22 @@ def observed(
   return found
 
 
-def _parts(values: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+def watching(
+  graph: Graph, names: Sequence[str]
+) -> tuple[Observed, Callable[[Observed, Any], Observed]]:
+  """The states of all tensors before the first batch, stacked, and what adds a batch to them."""
+  call, arrays = compiled_pass(graph, names, ends_and_samples)
+  # All tensors at once: one scatter compiles a hundred times faster than a hundred.
+  add = jax.jit(jax.vmap(_add))
+
+  def watch(states, batch):
+    inputs = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return add(states, *call(arrays, tuple(map(jnp.asarray, inputs))))
+
+  return jax.tree.map(lambda x: jnp.stack([x] * len(names)), observe_nothing()), watch
+
+
+def ends_and_samples(values: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
   """Ends and samples of tensors, padded to one length; weight 0 marks the padding."""
   samples = [_spread_sample(x) for x in values.values()]
   length = max(len(sample) for sample in samples)

@@ -5,6 +5,8 @@ which tensors are rounded.
 """
 
 from collections.abc import Mapping, Sequence
+import difflib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,15 +65,20 @@ class Step(NamedTuple):
     return f'{ops} in {self.nodes[0].scope}' if self.nodes[0].scope else ops
 
 
-def find_steps(graph: Graph) -> list[Step]:
+def find_steps(graph: Graph, in_float: str = '') -> list[Step]:
   """Groups the nodes of a graph into steps.
 
   Args:
     graph: frozen; layers whose kernels are not constants stay in float.
+    in_float: regex on the whole name of a layer, as nodes have it in `scope`
+      ('ResNet/layer1_0/conv1'): layers that stay in float too; '' for none.
 
   Returns:
     Steps in an order of execution; together they hold every node once, except that the nodes of
     functions of single values may occur in several tables.
+
+  Raises:
+    ValueError: when `in_float` names no layer.
 
   Example:
     >>> from fqjax.exporter.passes import freeze
@@ -81,7 +88,7 @@ def find_steps(graph: Graph) -> list[Step]:
     >>> [(step.kind, step.low) for step in find_steps(graph)]
     [('dot', 0.0)]
   """
-  return _Finder(graph).run()
+  return _Finder(graph).run(in_float)
 
 
 def sources(graph: Graph, steps: Sequence[Step]) -> dict[str, str]:
@@ -100,11 +107,12 @@ def sources(graph: Graph, steps: Sequence[Step]) -> dict[str, str]:
   return found
 
 
-def activations(graph: Graph) -> tuple[str, ...]:
+def activations(graph: Graph, in_float: str = '') -> tuple[str, ...]:
   """Names of the tensors that need a range of their own, in order of execution.
 
   Args:
     graph: frozen.
+    in_float: layers that stay in float, as in `find_steps`.
 
   Example:
     >>> from fqjax.exporter.passes import freeze
@@ -113,7 +121,7 @@ def activations(graph: Graph) -> tuple[str, ...]:
     >>> activations(freeze(to_graph(network, jnp.eye(2), jnp.ones((1, 2))), jnp.eye(2)))
     ('input', '%1')
   """
-  steps = find_steps(graph)
+  steps = find_steps(graph, in_float)
   found = sources(graph, steps)
   names: dict[str, None] = {}
   for step in steps:
@@ -153,6 +161,18 @@ def _settled(graph: Graph, steps: list[Step]) -> list[Step]:
   return result
 
 
+def _chosen(steps: list[Step], in_float: str) -> list[Step]:
+  """The layers that a user wants in float."""
+  name = lambda step: step.nodes[0].scope
+  if not any(re.fullmatch(in_float, name(step)) for step in steps if step.integer):
+    layers = sorted({name(step) for step in steps if step.kind in ('conv', 'dot')})
+    near = difflib.get_close_matches(in_float, layers, n=3, cutoff=0.0)
+    raise ValueError(
+      f'in_float={in_float!r} names no layer that would be integers. Closest: {", ".join(near)}.'
+    )
+  return [_in_float(step) if re.fullmatch(in_float, name(step)) else step for step in steps]
+
+
 def _in_float(step: Step) -> Step:
   return Step('float', step.nodes, step.inputs, step.output)
 
@@ -164,7 +184,7 @@ class _Finder:
     self.used: set[int] = set()
     self.found: list[tuple[int, Step]] = []
 
-  def run(self) -> list[Step]:
+  def run(self, in_float: str) -> list[Step]:
     for i, node in enumerate(self.graph.nodes):
       if i not in self.used and self._is_float(node.outputs[0]):
         self._linear(i, node)
@@ -173,6 +193,8 @@ class _Finder:
       if i not in self.used:
         self._rest(i, node)
     steps = [step for _, step in sorted(self.found, key=lambda pair: pair[0])]
+    if in_float:
+      steps = _chosen(steps, in_float)
     while (settled := _settled(self.graph, steps)) != steps:
       steps = settled
     return steps

@@ -207,10 +207,16 @@ def gather(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
     _axis(axis, len(shape))
   if any(sizes[axis] != 1 for axis in dropped):
     raise ValueError(f'axes {dropped} are dropped and must have size 1 in {_show(sizes)}')
+  if len(attributes['operand_batch']) != len(attributes['index_batch']):
+    raise ValueError('operand_batch and index_batch name different numbers of axes')
+  for axis, along in zip(attributes['operand_batch'], attributes['index_batch'], strict=True):
+    if shape[axis] != where[:-1][_axis(along, len(where) - 1)]:
+      raise ValueError(f'axis {axis} of {_show(shape)} is not axis {along} of {_show(where)}')
   for dim, part in zip(shape, sizes, strict=True):
-    if part != dim and (dims.split(part)[1] or dims.split(dim)[1]):
+    # One element of the batch is a part too: samples pick places of their own.
+    if part not in (dim, 1) and (dims.split(part)[1] or dims.split(dim)[1]):
       raise ValueError(f'the batch is taken whole, not {_show(sizes)} of {_show(shape)}')
-    if part != dim and dims.split(part) > dims.split(dim):
+    if not dims.split(dim)[1] and dims.split(part) > dims.split(dim):
       raise ValueError(f'parts {_show(sizes)} are larger than {_show(shape)}')
   parts = [dim for i, dim in enumerate(sizes) if i not in dropped]
   if len(parts) != len(offset):

@@ -182,7 +182,7 @@ def validate(graph: Graph) -> None:
       f'{"update fqjax" if graph.version > VERSION else "trace it again"}.'
     )
   for name, tensor in graph.tensors.items():
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
   known: set[str] = set()
   for name in (*graph.inputs, *graph.parameters, *graph.constants):
     if name not in graph.tensors:
@@ -205,7 +205,16 @@ def validate(graph: Graph) -> None:
     raise ValueError(f'tensor {min(unused)!r} is described, and nothing makes it.')
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+  """Checks the description of a tensor.
+
+  Args:
+    name: under which it is found.
+    tensor: the description.
+
+  Raises:
+    ValueError: another name in it, a type that no operation takes, or no shape.
+  """
   if tensor.name != name:
     raise ValueError(f'tensor {name!r} is described under the name {tensor.name!r}.')
   if tensor.dtype not in oplist.DTYPES:

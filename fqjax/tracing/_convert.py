@@ -8,7 +8,7 @@ import numpy as np
 
 from fqjax.runtime import oplist
 from fqjax.tracing import _indexing
-from fqjax.tracing._jaxpr import Operation, flatten, hidden_jaxprs, open_body, scan_counts
+from fqjax.tracing._jaxpr import Operation, hidden_jaxprs, open_body, scan_counts
 from fqjax.tracing._writer import (
   LONGEST_LOOP,
   Writer,
@@ -93,7 +93,31 @@ def _cast(writer: Writer, op: Operation) -> list[str]:
   dtype = dtype_of(op.outputs[0].dtype)
   if dtype == str(op.inputs[0].dtype):
     return _alias(writer, op)
-  return writer.write('cast', writer.read(op.inputs[0]), dtype=dtype)
+  name = writer.read(op.inputs[0])
+  if name in writer.counts and 'float' in dtype:
+    # A mean over the batch; what only counts places stays whole.
+    fail(remedy('dim_as_value'), 'dim_as_value')
+  return writer.write('cast', name, dtype=dtype)
+
+
+def _batch_size(writer: Writer, op: Operation) -> list[str]:
+  one = writer.constant(np.ones((), str(op.outputs[0].dtype)))
+  [ones] = writer.write('broadcast', one, shape=shape_of((op.params['dim'],)), axes=())
+  names = writer.write('reduce_sum', ones, axes=(0,))
+  writer.counts.update(names)
+  return names
+
+
+def _total_order(writer: Writer, op: Operation) -> list[str]:
+  """Comparison in which NaN is the largest number; zeros of both signs are one here."""
+  a, b = map(writer.read, op.inputs)
+  [less] = writer.write(op.name.removesuffix('_to'), a, b)
+  if 'float' not in str(op.inputs[0].dtype):
+    return [less]
+  [beyond] = writer.write('ne', b, b)
+  if op.name == 'lt_to':
+    [beyond] = writer.write('and', beyond, writer.write('eq', a, a)[0])
+  return writer.write('or', less, beyond)
 
 
 def _clamp(writer: Writer, op: Operation) -> list[str]:
@@ -108,13 +132,18 @@ def _select(writer: Writer, op: Operation) -> list[str]:
     if known is not None and known.size and known.all() == known.any():
       return [cases[int(known.all())]]
     return writer.write('select', which, *cases)
+  return [_choose(writer, which, cases)]
+
+
+def _choose(writer: Writer, which: str, cases: Sequence[str]) -> str:
+  """The case of a whole number, the first below and the last above."""
   result = cases[-1]
   for i in reversed(range(len(cases) - 1)):
-    number = writer.constant(np.asarray(i, op.inputs[0].dtype))
-    # The first case is taken below its number too, as the last above.
-    [hit] = writer.write('le', which, number)
-    [result] = writer.write('select', hit, result, cases[i])
-  return [result]
+    if cases[i] != result:
+      number = writer.constant(np.asarray(i, writer.dtype(which)))
+      [hit] = writer.write('le', which, number)
+      [result] = writer.write('select', hit, result, cases[i])
+  return result
 
 
 def _round(writer: Writer, op: Operation) -> list[str]:
@@ -215,13 +244,15 @@ def _scan(writer: Writer, op: Operation) -> list[str]:
   [body], params = op.bodies, op.params
   length = params['length']
   constants, carried = scan_counts(params, op.inputs)
+  if not isinstance(length, int):
+    fail('a loop over the batch: jax.vmap')
   if length > LONGEST_LOOP:
     fail(remedy('scan'))
   carry = [writer.read(value) for value in body.operands[constants : constants + carried]]
   stacks = [writer.read(value) for value in body.operands[constants + carried :]]
   rows: list[list[str]] = []
   for step in reversed(range(length)) if params['reverse'] else range(length):
-    program = open_body(body, op.scope)
+    program = open_body(body, op.scope, op.tracebacks)
     parts = []
     for name in stacks:
       shape = writer.shape(name)
@@ -244,13 +275,17 @@ def _scan(writer: Writer, op: Operation) -> list[str]:
 
 
 def _cond(writer: Writer, op: Operation) -> list[str]:
-  which = writer.known(writer.read(op.inputs[0]))
-  if which is None:
-    fail(remedy('cond'))
-  body = op.bodies[min(max(int(which), 0), len(op.bodies) - 1)]
-  program = flatten(body.jaxpr, body.operands, op.scope)
-  writer.run(program)
-  return [writer.read(value) for value in program.outputs]
+  """The branch that is known to be taken, or all of them and a choice."""
+  which = writer.read(op.inputs[0])
+  known, bodies = writer.known(which), op.bodies
+  if known is not None:
+    bodies = (bodies[min(max(int(known), 0), len(bodies) - 1)],)
+  branches = []
+  for body in bodies:
+    program = open_body(body, op.scope, op.tracebacks)
+    writer.run(program)
+    branches.append([writer.read(value) for value in program.outputs])
+  return [_choose(writer, which, cases) for cases in zip(*branches, strict=True)]
 
 
 _RENAMED = {
@@ -281,11 +316,14 @@ _CONVERTERS: dict[str, Callable[[Writer, Operation], list[str]]] = {
   'cond': _cond,
   'conv_general_dilated': _conv,
   'convert_element_type': _cast,
+  'dim_as_value': _batch_size,
   'dot_general': _dot,
   'dynamic_slice': _indexing.dynamic_slice,
   'expand_dims': _reshape,
   'gather': _indexing.gather,
   'iota': _iota,
+  'le_to': _total_order,
+  'lt_to': _total_order,
   'pad': _indexing.pad,
   'reduce_window': _pool,
   'reduce_window_max': _pool,

@@ -5,21 +5,16 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
-from fqjax.runtime import dims, oplist
 from fqjax.runtime import graph as graph_lib
-from fqjax.runtime.graph import Graph, Node, Tensor
-from fqjax.tracing import _convert, _jaxpr, _writer
-from fqjax.tracing._evaluate import evaluate, evaluate_node
-from fqjax.tracing._jaxpr import Operation, Program, Value
-
-# Tables this large, spread out from something smaller, are made again at every run.
-_LARGE = 4096
-# What depends on no input and no parameter is computed while tracing, up to this many elements.
-_LARGEST = 1 << 24
-# Constants up to this size are compared with each other.
-_SMALL = 16
+from fqjax.runtime import oplist
+from fqjax.runtime.graph import Graph
+from fqjax.tracing import _jaxpr
+from fqjax.tracing._evaluate import evaluate
+from fqjax.tracing._jaxpr import Program, Value
+from fqjax.tracing._nodes import Nodes, tidy
+from fqjax.tracing._source import Obstacle, Report, error_line
+from fqjax.tracing._writer import FIXED
 
 
 class _Unused:
@@ -89,9 +84,22 @@ class Traced:
     return jax.tree.unflatten(self.outputs, results)
 
 
-def to_graph(
-  apply_fn: Callable, variables: Any, *inputs: Any, batch_axis: int | None = 0
-) -> Traced:
+class NeedsBatchError(ValueError):
+  """The function runs for the example's batch and not for an unknown one.
+
+  Attributes:
+    obstacle: where and why.
+  """
+
+  def __init__(self, obstacle: Obstacle):
+    super().__init__(
+      "the network cannot be traced for any batch; batch_axis=None traces the example's "
+      f"(batch='fixed' exports it).\n  {obstacle}"
+    )
+    self.obstacle = obstacle
+
+
+def to_graph(apply_fn: Callable, variables: Any, *inputs: Any, batch_axis: Any = 0) -> Traced:
   """Traces `apply_fn(variables, *inputs)` to a graph; nothing of the network is computed.
 
   Args:
@@ -100,14 +108,15 @@ def to_graph(
       are looked at.
     *inputs: example inputs: trees of arrays or `jax.ShapeDtypeStruct`s; other leaves are fixed.
       Keyword arguments: bind them first (`functools.partial(apply_fn, train=False)`).
-    batch_axis: axis of every input array that stays open ('n'); None fixes all sizes.
+    batch_axis: axis of every input array that stays open ('n'); None fixes all sizes. Or a tuple
+      with an entry for each input, or a tree of which each of them is a part, as for `jax.vmap`.
 
   Returns:
     The graph with the structures of arguments and result; calling it runs it.
 
   Raises:
-    ValueError: every primitive the graph cannot hold, with its scope and what to write instead; or
-      the network needs to know its batch.
+    ValueError: every primitive the graph cannot hold, with its scope, what to write instead and
+      the line of code; or the network needs to know its batch, or inputs differ in it.
 
   Example:
     >>> def dense(params, x):
@@ -118,32 +127,50 @@ def to_graph(
     >>> traced({'kernel': jnp.ones((3, 4))}, jnp.ones((2, 3))).shape
     (2, 4)
   """
-  program, static, out_tree = _trace(apply_fn, variables, inputs, batch_axis)
-  writer = _Writer()
+  program, static, out_tree = trace_any(apply_fn, variables, inputs, batch_axis)
   program, static = _without_keys(program, static)
-  named = list(zip(_names([v.name for v in program.inputs]), program.inputs, strict=True))
-  parameters = [name for name, value in named if _is_first(value)]
-  data = [name for name, value in named if not _is_first(value)]
-  for name, value in named:
-    writer.declare(name, value)
-  writer.run(program)
-  if writer.obstacles:
-    raise ValueError(_refusal(writer.obstacles))
+  nodes, parameters, data = collect(program)
+  if nodes.obstacles:
+    raise ValueError(str(Report(nodes.obstacles)))
   graph = Graph(
-    inputs=tuple(data),
-    parameters=tuple(parameters),
-    constants=writer.values,
-    nodes=tuple(writer.nodes),
-    outputs=tuple(map(writer.read, program.outputs)),
-    tensors=writer.tensors,
+    inputs=data,
+    parameters=parameters,
+    constants=nodes.values,
+    nodes=tuple(nodes.nodes),
+    outputs=tuple(map(nodes.read, program.outputs)),
+    tensors=nodes.tensors,
   )
-  graph = _tidy(graph)
+  graph = tidy(graph)
   graph_lib.validate(graph)
   return Traced(graph, jax.tree.structure(variables), jax.tree.structure(inputs), static, out_tree)
 
 
-def _trace(apply_fn, variables, inputs, batch_axis) -> tuple[Program, tuple[Any, ...], Any]:
-  """The flat program, the static leaves and the structure of the result."""
+def collect(program: Program) -> tuple[Nodes, tuple[str, ...], tuple[str, ...]]:
+  """Nodes and obstacles of a program whose first argument are the parameters.
+
+  Returns:
+    The nodes, the names of the parameters and those of the inputs.
+  """
+  nodes = Nodes()
+  names = _names([value.name for value in program.inputs])
+  for name, value in zip(names, program.inputs, strict=True):
+    nodes.declare(name, value)
+  nodes.run(program)
+  first = [_is_first(value) for value in program.inputs]
+  parameters = tuple(name for name, is_first in zip(names, first, strict=True) if is_first)
+  return nodes, parameters, tuple(name for name in names if name not in parameters)
+
+
+def trace_any(
+  apply_fn: Callable, variables: Any, inputs: tuple[Any, ...], batch_axis: Any
+) -> tuple[Program, tuple[Any, ...], Any]:
+  """The flat program, the static leaves and the structure of the result.
+
+  Raises:
+    NeedsBatchError: only the fixed batch can be traced.
+    ValueError: results that are not arrays, or inputs of different batches.
+    Exception: whatever the function raises.
+  """
   leaves = jax.tree.leaves((variables, *inputs))
   static = tuple(None if _jaxpr._is_array(leaf) else leaf for leaf in leaves)
   found: list[Any] = []
@@ -156,30 +183,52 @@ def _trace(apply_fn, variables, inputs, batch_axis) -> tuple[Program, tuple[Any,
   if batch_axis is None:
     program = _jaxpr.trace(call, variables, *inputs)
   else:
-    [n] = jax.export.symbolic_shape('n')
-
-    def open_batch(leaf):
-      if not _jaxpr._is_array(leaf) or leaf.ndim <= batch_axis:
-        return leaf
-      shape = leaf.shape[:batch_axis] + (n,) + leaf.shape[batch_axis + 1 :]
-      return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
+    opened = _open(inputs, batch_axis)
     try:
-      program = _jaxpr.trace(call, variables, *jax.tree.map(open_batch, inputs))
+      program = _jaxpr.trace(call, variables, *opened)
     except Exception as error:
       # JAX has no common type for all that can go wrong with an unknown size.
       try:
         _jaxpr.trace(call, variables, *inputs)
       except Exception:
         raise error from None
-      raise ValueError(
-        'the network cannot be traced for any batch; batch_axis=None traces the size of the '
-        f'example.\n  {str(error).splitlines()[0] if str(error) else type(error).__name__}'
+      said = str(error).splitlines()[0] if str(error) else ''
+      raise NeedsBatchError(
+        Obstacle('', type(error).__name__, error_line(error.__traceback__), f'{said} - {FIXED}')
       ) from error
   [out_tree] = found
   if out_tree.num_leaves != len(program.outputs):
     raise ValueError('the function returns leaves that are not arrays; return arrays only.')
   return program, static, out_tree
+
+
+def _open(inputs: tuple[Any, ...], batch_axis: Any) -> Any:
+  """The inputs as shapes with an open batch."""
+  [n] = jax.export.symbolic_shape('n')
+  is_none = lambda leaf: leaf is None
+  leaves, tree = jax.tree.flatten(inputs, is_leaf=is_none)
+  every = isinstance(batch_axis, int)
+  if every:
+    axes = [batch_axis] * len(leaves)
+  else:
+    axes = jax.tree.leaves(jax.tree.broadcast(batch_axis, inputs, is_leaf=is_none), is_leaf=is_none)
+  sizes: set[int] = set()
+  opened = []
+  for leaf, axis in zip(leaves, axes, strict=True):
+    if axis is None or not _jaxpr._is_array(leaf) or (every and leaf.ndim <= axis):
+      opened.append(leaf)
+      continue
+    if not 0 <= axis < leaf.ndim:
+      raise ValueError(f'batch_axis {axis} is not an axis of an input {list(leaf.shape)}.')
+    sizes.add(leaf.shape[axis])
+    shape = (*leaf.shape[:axis], n, *leaf.shape[axis + 1 :])
+    opened.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+  if len(sizes) > 1:
+    raise ValueError(
+      f'the batch is {" and ".join(map(str, sorted(sizes)))} in the inputs; give a tuple with the '
+      'batch axis of each of them, None where there is none.'
+    )
+  return jax.tree.unflatten(tree, opened)
 
 
 def _without_keys(program: Program, static: tuple) -> tuple[Program, tuple[Any, ...]]:
@@ -209,163 +258,3 @@ def _names(paths: list[str]) -> list[str]:
       name = f'{name}_'
     names.append(name)
   return names
-
-
-def _refusal(obstacles: list[tuple[str, str, str]]) -> str:
-  counted: dict[tuple[str, str, str], int] = {}
-  for obstacle in obstacles:
-    counted[obstacle] = counted.get(obstacle, 0) + 1
-  lines = [
-    f'  {primitive} in {scope or "no scope"}{f" ({times} times)" if times > 1 else ""}: {text}'
-    for (scope, primitive, text), times in counted.items()
-  ]
-  noun = 'operation has' if len(lines) == 1 else 'operations have'
-  return '\n'.join([f'{len(lines)} {noun} no place in a graph.', *lines])
-
-
-class _Writer:
-  """Collects nodes; see `_writer.Writer` for what converters see of it."""
-
-  def __init__(self):
-    self.nodes: list[Node] = []
-    self.tensors: dict[str, Tensor] = {}
-    self.values: dict[str, np.ndarray] = {}  # what is known while tracing
-    self.obstacles: list[tuple[str, str, str]] = []  # scope, primitive, remedy
-    self.lost: set[Value] = set()
-    self._noise: set[Value] = set()  # random keys and numbers
-    self._names: dict[Value, str] = {}
-    self._constants: dict[Any, str] = {}
-    self._scope = ''
-
-  def declare(self, name: str, value: Value) -> None:
-    try:
-      shape, dtype = _writer.shape_of(value.shape), _writer.dtype_of(value.dtype)
-    except _writer.Unsupported as error:
-      self.obstacles.append(('', f'argument {name}', str(error)))
-      self.lost.add(value)
-      if 'key' in str(value.dtype):
-        self._noise.add(value)
-      return
-    self.tensors[name] = Tensor(name, shape, dtype)
-    self.bind(value, name)
-
-  def run(self, program: Program) -> None:
-    outer = self._scope
-    for op in program.operations:
-      self._scope = op.scope
-      self._step(op)
-    self._scope = outer
-
-  def _step(self, op: Operation) -> None:
-    if not op.outputs:
-      return  # prints and checks
-    known = lambda value: value.constant is not None or self._names.get(value) in self.values
-    drawn = [value for value in op.inputs if not known(value)]
-    if drawn and self._noise.issuperset(drawn):
-      # What is made of random numbers alone is one obstacle, not twenty.
-      self._noise.update(op.outputs)
-      self.lost.update(op.outputs)
-      return
-    try:
-      if self.lost.intersection(op.inputs):
-        # What went before has no words; see at least whether this has.
-        if op.name not in _convert._CONVERTERS:
-          _writer.fail(_writer.remedy(op.name))
-        raise _writer.Lost
-      _convert.convert(self, op)
-    except _writer.Lost:
-      self.lost.update(op.outputs)
-    except _writer.Unsupported as error:
-      self.obstacles.append((op.scope, op.name, str(error)))
-      self.lost.update(op.outputs)
-      if str(error) == _writer.remedy('random'):
-        self._noise.update(op.outputs)
-
-  def read(self, value: Value) -> str:
-    if value in self.lost:
-      raise _writer.Lost
-    if value.constant is not None and value not in self._names:
-      self.bind(value, self.constant(np.asarray(value.constant, value.dtype)))
-    return self._names[value]
-
-  def bind(self, value: Value, name: str) -> None:
-    self._names[value] = name
-
-  def constant(self, array: np.ndarray) -> str:
-    dtype = _writer.dtype_of(array.dtype)
-    key = (dtype, array.shape, array.tobytes()) if array.size <= _SMALL else id(array)
-    if key not in self._constants:
-      name = f'#{len(self._constants)}'
-      self._constants[key] = name
-      self.tensors[name] = Tensor(name, array.shape, dtype)
-      self.values[name] = array
-    return self._constants[key]
-
-  def known(self, name: str) -> np.ndarray | None:
-    return self.values.get(name)
-
-  def shape(self, name: str) -> dims.Shape:
-    return self.tensors[name].shape
-
-  def write(self, op: str, *inputs: str, **attributes: Any) -> list[str]:
-    types = [(self.tensors[name].shape, self.tensors[name].dtype) for name in inputs]
-    try:
-      results = oplist.infer(op, types, attributes)
-    except ValueError as error:
-      # JAX allows more: part of the batch, mostly.
-      raise _writer.Unsupported(f'as {op}: {error}') from None
-    names = [
-      f'%{len(self.nodes)}' if i == 0 else f'%{len(self.nodes)}.{i}' for i in range(len(results))
-    ]
-    for name, (shape, dtype) in zip(names, results, strict=True):
-      self.tensors[name] = Tensor(name, shape, dtype)
-    node = Node(op, inputs, tuple(names), attributes, self._scope)
-    self.nodes.append(node)
-    if all(name in self.values for name in inputs) and all(
-      power == 0 and count <= _LARGEST for count, power in map(dims.size, (s for s, _ in results))
-    ):
-      with jax.ensure_compile_time_eval():
-        arrays = evaluate_node(node, [self.values[name] for name in inputs])
-      self.values |= zip(names, map(np.asarray, arrays), strict=True)
-    return names
-
-
-def _tidy(graph: Graph) -> Graph:
-  """Leaves out what is known and what is not needed, and numbers what is left."""
-
-  def remade(node: Node) -> bool:
-    count = sum(dims.size(graph.tensors[name].shape)[0] for name in node.outputs)
-    return node.op in ('broadcast', 'iota') and count > _LARGE
-
-  known = graph.constants
-  nodes = [node for node in graph.nodes if node.outputs[0] not in known or remade(node)]
-  made = {name for node in nodes for name in node.outputs}
-  constants = {name: array for name, array in known.items() if name not in made}
-  graph = graph_lib.without_dead(
-    dataclasses.replace(graph, nodes=tuple(nodes), constants=constants)
-  )
-  names = {name: name for name in (*graph.inputs, *graph.parameters)}
-  kept: dict[Any, str] = {}
-  for name, array in graph.constants.items():
-    # Equal numbers are one constant; large arrays are not compared.
-    key = (str(array.dtype), array.shape, array.tobytes()) if array.size <= _SMALL else name
-    names[name] = kept.setdefault(key, f'#{len(kept)}')
-  outputs = (name for node in graph.nodes for name in node.outputs)
-  names |= {name: f'%{i}' for i, name in enumerate(outputs)}
-  return dataclasses.replace(
-    graph,
-    constants={names[name]: array for name, array in graph.constants.items()},
-    nodes=tuple(
-      node._replace(
-        inputs=tuple(names[name] for name in node.inputs),
-        outputs=tuple(names[name] for name in node.outputs),
-      )
-      for node in graph.nodes
-    ),
-    outputs=tuple(names[name] for name in graph.outputs),
-    tensors={
-      names[name]: tensor._replace(name=names[name])
-      for name, tensor in graph.tensors.items()
-      if name in names
-    },
-  )

@@ -14,7 +14,6 @@ from fqjax.tracing._writer import (
   cut,
   fail,
   plain,
-  remedy,
   reshape,
   shape_of,
   take_slice,
@@ -53,13 +52,28 @@ def slice(writer: Writer, op: Operation) -> list[str]:
 def dynamic_slice(writer: Writer, op: Operation) -> list[str]:
   name, *places = map(writer.read, op.inputs)
   shape, sizes = writer.shape(name), shape_of(op.params['slice_sizes'])
+  moving = [axis for axis, dim in enumerate(shape) if dim != sizes[axis]]
+  if any(writer.known(places[axis]) is None for axis in moving):
+    corner = [reshape(writer, places[axis], (1,)) for axis in moving]
+    return writer.write(
+      'gather',
+      name,
+      concat(writer, corner, 0),
+      offset=tuple(range(len(shape))),
+      collapsed=(),
+      index_map=tuple(moving),
+      operand_batch=(),
+      index_batch=(),
+      sizes=sizes,
+      mode='clip',
+    )
   starts, stops = [], []
   for dim, part, place in zip(shape, sizes, places, strict=True):
     known = writer.known(place)
     if dim == part:
       starts.append(0)
     elif known is None or not isinstance(dim, int) or not isinstance(part, int):
-      fail(remedy('dynamic_slice'))
+      fail('part of the batch: take it before the network')
     else:
       starts.append(min(max(int(known), 0), dim - part))
     stops.append(dim if dim == part else starts[-1] + int(part))
@@ -67,7 +81,7 @@ def dynamic_slice(writer: Writer, op: Operation) -> list[str]:
 
 
 def tile(writer: Writer, op: Operation) -> list[str]:
-  name, reps = writer.read(op.inputs[0]), plain(op.params['reps'])
+  name, reps = writer.read(op.inputs[0]), shape_of(op.params['reps'])
   shape = writer.shape(name)
   wide = tuple(d for pair in zip(reps, shape, strict=True) for d in pair)
   axes = tuple(range(1, 2 * len(shape), 2))
@@ -116,8 +130,11 @@ def gather(writer: Writer, op: Operation) -> list[str]:
 
 
 def _is_default_fill(op: Operation) -> bool:
-  value = op.params['fill_value']
-  return str(op.inputs[0].dtype).startswith(('float', 'bfloat')) and math.isnan(value)
+  value, dtype = op.params['fill_value'], str(op.inputs[0].dtype)
+  if 'int' in dtype:
+    info = np.iinfo(dtype)
+    return value == (info.max if dtype.startswith('uint') else info.min)
+  return value is True if dtype == 'bool' else math.isnan(value)
 
 
 def _inside(shape: dims.Shape, sizes: dims.Shape, numbers, places) -> bool:

@@ -84,6 +84,7 @@ class Operation(NamedTuple):
     scope: name stack of the whole way in, e.g. 'ResNet/layer1_0/conv1'.
     bodies: what control flow runs; all of them (loops) or one of them (cond).
     effects: True if it must run even when nobody reads its outputs.
+    tracebacks: of the call that made it and of those around it, JAX's own objects.
   """
 
   name: str
@@ -93,6 +94,7 @@ class Operation(NamedTuple):
   scope: str = ''
   bodies: tuple[Body, ...] = ()
   effects: bool = False
+  tracebacks: tuple[Any, ...] = ()
 
 
 class Program(NamedTuple):
@@ -172,13 +174,19 @@ def trace(fn: Callable, *args, **kwargs) -> Program:
   return without_dead(flatten(closed, inputs))
 
 
-def flatten(jaxpr: ClosedJaxpr, inputs: Sequence[Value] | None = None, scope: str = '') -> Program:
+def flatten(
+  jaxpr: ClosedJaxpr,
+  inputs: Sequence[Value] | None = None,
+  scope: str = '',
+  tracebacks: tuple[Any, ...] = (),
+) -> Program:
   """Inlines all calls of a closed jaxpr and resolves its variables.
 
   Args:
     jaxpr: what to flatten.
     inputs: values bound to its inputs; fresh ones by default.
     scope: put in front of every operation's scope.
+    tracebacks: put behind every operation's own.
 
   Raises:
     ValueError: when the number of inputs is not the jaxpr's.
@@ -188,7 +196,7 @@ def flatten(jaxpr: ClosedJaxpr, inputs: Sequence[Value] | None = None, scope: st
   if len(inputs) != len(jaxpr.in_avals):
     raise ValueError(f'the jaxpr takes {len(jaxpr.in_avals)} inputs, got {len(inputs)}')
   operations: list[Operation] = []
-  outputs = _inline(jaxpr, inputs, scope, operations)
+  outputs = _inline(jaxpr, inputs, scope, tracebacks, operations)
   return Program(tuple(inputs), tuple(operations), outputs)
 
 
@@ -204,7 +212,11 @@ def without_dead(program: Program) -> Program:
 
 
 def _inline(
-  jaxpr: ClosedJaxpr, inputs: Sequence[Value], scope: str, operations: list[Operation]
+  jaxpr: ClosedJaxpr,
+  inputs: Sequence[Value],
+  scope: str,
+  tracebacks: tuple[Any, ...],
+  operations: list[Operation],
 ) -> tuple[Value, ...]:
   """Appends the operations of a jaxpr, calls inlined; returns the values of its outputs."""
   inner = jaxpr.jaxpr
@@ -219,13 +231,23 @@ def _inline(
     name = eqn.primitive.name
     values = tuple(read(atom) for atom in eqn.invars)
     here = _join(scope, _scope_of(eqn))
+    calls = (eqn.source_info.traceback, *tracebacks)
     if name in _CALLS and _CALLS[name] in eqn.params:
-      outputs = _inline(_closed(eqn.params[_CALLS[name]]), values, here, operations)
+      outputs = _inline(_closed(eqn.params[_CALLS[name]]), values, here, calls, operations)
     else:
       outputs = tuple(Value(var.aval) for var in eqn.outvars)
       bodies = _bodies(name, eqn.params, values)
       operations.append(
-        Operation(name, values, outputs, eqn.params, here, bodies, bool(eqn.effects))
+        Operation(
+          name,
+          values,
+          outputs,
+          eqn.params,
+          here,
+          bodies,
+          bool(eqn.effects),
+          calls,
+        )
       )
     env.update(zip(eqn.outvars, outputs, strict=True))
   return tuple(read(atom) for atom in inner.outvars)
@@ -260,18 +282,19 @@ def scan_counts(params: dict[str, Any], values: Sequence[Any]) -> tuple[int, int
   return len(list(constants)), len(list(carry))
 
 
-def open_body(body: Body, scope: str = '') -> Program:
+def open_body(body: Body, scope: str = '', tracebacks: tuple[Any, ...] = ()) -> Program:
   """Flattens a body; constants keep the identity of the outer value, other inputs are fresh.
 
   Args:
     body: Of a loop or a branch, from `Operation.bodies`.
     scope: Name in front of the operations' own scopes.
+    tracebacks: Behind the operations' own.
   """
   inputs = [
     operand if i < body.constants else Value(aval)
     for i, (operand, aval) in enumerate(zip(body.operands, body.jaxpr.in_avals, strict=True))
   ]
-  return without_dead(flatten(body.jaxpr, inputs, scope))
+  return without_dead(flatten(body.jaxpr, inputs, scope, tracebacks))
 
 
 def hidden_jaxprs(op: Operation) -> list[Jaxpr]:

@@ -11,10 +11,20 @@ from fqjax.tracing._jaxpr import Program, Value
 
 # Loops longer than this are not written out.
 LONGEST_LOOP = 256
+# The way out where an open batch fails.
+FIXED = "a fixed batch (batch='fixed', of to_graph batch_axis=None)"
 
 
 class Unsupported(ValueError):
-  """A primitive the graph cannot hold; says what to write instead."""
+  """A primitive the graph cannot hold; says what to write instead.
+
+  Attributes:
+    primitive: the one to be named, if it is not the one that was read.
+  """
+
+  def __init__(self, text: str = '', primitive: str = ''):
+    super().__init__(text)
+    self.primitive = primitive
 
 
 class Lost(Unsupported):
@@ -22,7 +32,13 @@ class Lost(Unsupported):
 
 
 class Writer(Protocol):
-  """What a converter may do; `fqjax.tracing._graph` implements it."""
+  """What a converter may do; `fqjax.tracing._nodes` implements it.
+
+  Attributes:
+    counts: names of tensors that hold the size of the batch.
+  """
+
+  counts: set[str]
 
   def read(self, value: Value) -> str:
     """Name of the tensor that is this value; raises `Lost`."""
@@ -48,14 +64,18 @@ class Writer(Protocol):
     """Shape of a tensor."""
     ...
 
+  def dtype(self, name: str) -> str:
+    """Element type of a tensor."""
+    ...
+
   def run(self, program: Program) -> None:
     """Converts the operations of a program whose inputs are bound."""
     ...
 
 
-def fail(remedy: str) -> NoReturn:
+def fail(remedy: str, primitive: str = '') -> NoReturn:
   """Gives up on a primitive."""
-  raise Unsupported(remedy)
+  raise Unsupported(remedy, primitive)
 
 
 def shape_of(shape: Sequence[Any]) -> dims.Shape:
@@ -76,7 +96,7 @@ def shape_of(shape: Sequence[Any]) -> dims.Shape:
     elif re.fullmatch(r'([1-9]\d*\*)?n', str(dim)):
       result.append(str(dim))
     else:
-      fail(f'the size {dim} is no multiple of the batch n: trace a fixed batch (batch_axis=None)')
+      fail(f'the size {dim} is no multiple of the batch n: trace {FIXED}')
   return tuple(result)
 
 
@@ -109,13 +129,11 @@ _REMEDIES = (
   (
     r'dim_as_value',
     'the batch size is used as a number: use_running_average=True (train=False) if these are batch '
-    'statistics, else trace a fixed batch (batch_axis=None)',
+    f'statistics, else trace {FIXED}',
   ),
   (r'while', 'a loop of unknown length: fori_loop or scan with a length known when tracing'),
-  (r'cond', 'compute both branches and choose with jnp.where'),
   (r'scan', f'a loop of at most {LONGEST_LOOP} steps'),
   (r'scatter|dynamic_update_slice', 'jnp.where, jnp.pad or jnp.concatenate'),
-  (r'dynamic_slice', 'a slice known when tracing, or jnp.take'),
   (r'select_and', 'this is a gradient: trace the forward function only'),
   (r'fft', 'a product with the matrix of the transform (fqjax.ops has block DCTs)'),
   (r'reduce_window|reduce$', 'max, min or sum over windows or axes'),

@@ -9,11 +9,10 @@ import pytest
 
 from configs import admm_nn_s as configs
 from experiments import admm_nn_s as experiment
+from experiments import cifar, ledger, levels, tasks
 from experiments import compression as cp
-from experiments import tasks
-from fqjax import models, rules, sparsity
-
-PRESETS = ('lenet5', 'resnet50', 'alexnet', 'vgg16', 'smoke')
+from fqjax import models, rules, sparsity, train
+from tests.experiments import tiny_conv
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +25,7 @@ def lenet():
   return model, params, layers
 
 
-@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('preset', configs.PRESETS)
 def test_presets_are_complete_and_valid(preset):
   config = configs.get_config(preset)
   assert set(config.keys()) == set(configs.base().keys())
@@ -71,6 +70,13 @@ def test_sliced_network_says_the_same(lenet, tmp_path):
     ({'rates.unstructured.rungs': ((0.5,),)}, 'a rung of 1'),
     ({'rates.unstructured.named': ((9, 'x', (), ''),)}, 'no rung 9'),
     ({'dense.optimizer': 'lamb'}, 'config.dense.optimizer'),
+    ({'mapping.lr': 0.0}, 'config.mapping needs'),
+    ({'settings': ('interval3',), 'quantize.interval3.way': 'best'}, 'admm, straight'),
+    ({'settings': ('interval3',), 'quantize.interval3.start': 'filters'}, "a dense network is ''"),
+    ({'settings': ('interval3',), 'quantize.interval3.rungs': (9,)}, 'no rung 9'),
+    ({'settings': ('interval3',), 'quantize.interval3.rungs': (2,)}, 'rung 4 is not among'),
+    ({'settings': ('interval3',), 'quantize.interval3.levels': 'odd'}, 'power_of_two'),
+    ({'settings': ('interval3',), 'quantize.interval3.bits': (('.*', 9),)}, 'bits=9'),
   ],
 )
 def test_what_can_only_fail_later_is_refused(change, message):
@@ -87,16 +93,152 @@ def test_command_line():
     experiment.parse_command([*argv, '--config.admm.lrr=0.2'])
 
 
+# ---------------------------------------------------------------------------- levels
+
+
+@pytest.mark.parametrize('name', ['interval3', 'interval32', 'power_of_two3', 'interval4_sparser'])
+def test_survivors_on_few_bits_reach_the_rate_of_their_goal(lenet, name):
+  _, params, layers = lenet
+  config = configs.get_config('lenet5_quantized')
+  setting = config.quantize[name]
+  ((rung, _, goals, _),) = setting.named
+  _, masks = rules.finalize(
+    experiment.ladder(config.rates.unstructured, params, layers)[rung], params
+  )
+  plan = experiment.level_plan(setting, params, layers)
+  found = levels.weights_only(levels.Quantized(plan, tasks.Variables(params, {}), {}, {}, masks))
+  assert found['compression_values'] >= dict(goals)['compression_values'] == 3700
+  live = {path: int(np.sum(masks[path]['kernel'])) for path in ('conv1', 'conv2', 'fc1', 'fc2')}
+  if name == 'interval3':
+    assert found['value_bytes'] == 3 * sum(live.values()) / 8
+  if name == 'interval32':
+    bits = 3 * (live['conv1'] + live['conv2']) + 2 * (live['fc1'] + live['fc2'])
+    assert found['value_bytes'] == bits / 8
+
+
+def test_a_binary_network_has_a_sign_for_every_weight(lenet):
+  _, params, layers = lenet
+  config = configs.get_config('lenet5_binary')
+  for name in config.settings:
+    plan = experiment.level_plan(config.quantize[name], params, layers)
+    assert {entry.path for entry in plan.quantized} == {
+      f'{layer}/kernel' for layer in ('conv1', 'conv2', 'fc1', 'fc2')
+    }
+    network = levels.Quantized(plan, tasks.Variables(params, {}), {}, {})
+    assert levels.weights_only(network) == {'value_bytes': 430_500 / 8, 'compression_values': 32}
+
+
+def test_only_what_is_needed_is_climbed():
+  config = configs.get_config('lenet5,settings=interval3+binary')
+  assert experiment.climbs(config) == {'unstructured': 5}
+  assert experiment.needed(config) == {('unstructured', 2), ('unstructured', 4), ('', 0)}
+  config.settings = ('interval3', 'unstructured')
+  assert experiment.climbs(config) == {'unstructured': 6}
+  # In the order of the settings, as the tables have them.
+  assert list(experiment.climbs(configs.get_config('smoke'))) == ['unstructured', 'structured']
+
+
+def small(monkeypatch):
+  """Settings for the network of three convolutions, seconds each."""
+  monkeypatch.setattr(cifar, 'make_task', lambda config, mesh, **_: (tiny_conv.task(), None))
+  make_mesh = train.make_mesh
+  monkeypatch.setattr(train, 'make_mesh', lambda: make_mesh(1))
+  config = configs.base()
+  config.data.update(name='synthetic', train_split='train', test_split='test')
+  phases = ('dense', 'admm', 'retrain', 'finish', 'pull', 'mapping', 'straight')
+  for phase in phases:
+    config[phase].update(optimizer='adam', lr=0.01, epochs=1.0)
+  config.dense.epochs, config.admm.rho, config.pull.rho = 2.0, (0.1,), (0.1,)
+  config.admm.refreshes = config.pull.refreshes = 1
+  layers = ('conv1/kernel', 'conv2/kernel', 'conv3/kernel', 'fc/kernel')
+  config.rates.unstructured = configs.ladder('unstructured', layers, ((0.5,) * 4, (0.25,) * 4))
+  goals = (('compression_values', 40.0),)
+  config.quantize.interval2 = configs.levels('unstructured', 2, (1,), ((1, 'two', goals, ''),))
+  config.quantize.binary = configs.levels(
+    '', 1, named=((0, 'binary', (), ''),), levels='binary', way='straight'
+  )
+  config.settings = ('unstructured', 'interval2', 'binary')
+  return config
+
+
+@pytest.mark.promotes('optax')
+def test_survivors_and_dense_networks_go_on_levels(tmp_path, monkeypatch, capsys):
+  config = small(monkeypatch)
+  config.record = True
+  monkeypatch.setattr(ledger, 'ROOT', tmp_path)
+  rows = experiment.experiment(config, tmp_path / 'run')
+  assert [(r['setting'], r['rung']) for r in rows] == [
+    ('unstructured', 0), ('unstructured', 1), ('interval2', 1), ('binary', 0),
+  ]  # fmt: skip
+  seed = tmp_path / 'run' / 'seed0'
+  like = tiny_conv.init(jax.random.key(0))
+  rung = cp.load_variables(seed / 'unstructured' / '01-retrain' / 'variables.npz', like)
+  for name, folder, levels_of in (('interval2', '01', 4), ('binary', '00', 2)):
+    done = cp.load_variables(seed / name / folder / 'variables.npz', like)
+    for layer, kernel in done.params.items():
+      kernel, start = np.asarray(kernel['kernel']), np.asarray(rung.params[layer]['kernel'])
+      assert len(np.unique(kernel[kernel != 0])) <= levels_of
+      if name == 'interval2':  # what was dead stays dead, what lived lives
+        np.testing.assert_array_equal(kernel != 0, start != 0)
+        assert np.abs(kernel - start).max() > 0
+      else:
+        assert np.all(kernel != 0)
+  # While it trained, too: nothing had to be cut off again.
+  for phase in ('pull', 'mapping'):
+    trained = cp.load_variables(seed / 'interval2' / '01' / phase / 'variables.npz', like)
+    for layer, kernel in trained.params.items():
+      dead = np.asarray(rung.params[layer]['kernel']) == 0
+      np.testing.assert_array_equal(np.asarray(kernel['kernel'])[dead], 0)
+  by_name = {(r['setting'], r['rung']): r for r in rows}
+  kept = by_name['unstructured', 1]['kept']
+  assert by_name['interval2', 1]['kept'] == kept
+  assert by_name['interval2', 1]['value_bytes'] == 2 * kept / 8
+  assert by_name['interval2', 1]['compression_values'] > 60
+  assert by_name['binary', 0]['compression_values'] == 32
+  # The honest size: values, index, tables, headers.
+  assert by_name['interval2', 1]['stored_bytes'] > by_name['interval2', 1]['value_bytes']
+  assert by_name['binary', 0]['value'] > 60
+
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert 'Weights of conv3/kernel: interval2' in page and 'What every layer kept' in page
+  assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == rows
+  written, problems = ledger.read(tmp_path / 'results.csv')
+  assert not problems
+  found = {(row.run, row.metric): row for row in written}
+  assert found['admm_nn_s/synthetic/resnet50/two', 'compression_values'].reached == 'yes'
+
+  capsys.readouterr()
+  assert experiment.experiment(config, tmp_path / 'run') == rows
+  assert ' steps' not in capsys.readouterr().out
+
+
+def test_sections_that_came_later_do_not_stop_an_older_run(tmp_path, monkeypatch):
+  config = small(monkeypatch)
+  old = json.loads(config.to_json_best_effort())
+  for section in ('quantize', 'pull', 'mapping', 'straight'):
+    del old[section]
+  (tmp_path / 'config.json').write_text(json.dumps(old))
+  experiment.harness.check_same_experiment(tmp_path, config, experiment._FREE)
+  old['dense']['lr'] = 7.0
+  (tmp_path / 'config.json').write_text(json.dumps(old))
+  with pytest.raises(ValueError, match='dense.lr: 7.0 there'):
+    experiment.harness.check_same_experiment(tmp_path, config, experiment._FREE)
+
+
 @pytest.mark.full
 @pytest.mark.promotes('optax')
 def test_smoke_run_reports_and_goes_on(tmp_path, capsys):
   pytest.importorskip('skimage')
   config = configs.get_config('smoke')
-  config.dense.epochs = config.admm.epochs = config.retrain.epochs = config.finish.epochs = 0.5
+  for phase in ('dense', 'admm', 'retrain', 'finish', 'pull', 'mapping', 'straight'):
+    config[phase].epochs = 0.5
   rows = experiment.experiment(config, tmp_path)
   assert [(r['setting'], r['rung']) for r in rows] == [
     ('unstructured', 0), ('unstructured', 1), ('structured', 0),
+    ('binary', 0), ('interval3', 1), ('interval3_structured', 0),
   ]  # fmt: skip
+  assert rows[4]['compression_values'] > 30
+  assert 'Unstructured against structured, in bytes' in capsys.readouterr().out
   assert rows[1]['compression'] > 3 and rows[0]['compression_bytes'] > 1.5
   assert rows[2]['sliced_error'] < 1e-4
   page = (tmp_path / 'report.html').read_text()

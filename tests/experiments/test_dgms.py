@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import dgms as configs
-from experiments import cifar, ledger
+from experiments import cifar, ledger, levels
 from experiments import compression as cp
 from experiments import dgms as experiment
 from fqjax import quantize, train
@@ -67,6 +67,8 @@ def test_plans(name, first, inner):
     ({'choices.mixture4.bits': 1}, 'components=2'),
     ({'soft.optimizer': 'lamb'}, 'soft.optimizer'),
     ({'mapping.lr': 0.0}, 'mapping needs'),
+    ({'transfer.kept': ('mixture4',)}, 'only from config.transfer.data'),
+    ({'transfer.data': 'cifar10', 'transfer.kept': ('binary',)}, 'only mixtures are kept'),
   ],
 )
 def test_what_can_only_fail_later_is_refused(change, message):
@@ -172,6 +174,65 @@ def test_settings_are_trained_to_exact_levels_compared_and_recorded(tmp_path, mo
   assert ' steps' not in capsys.readouterr().out
 
 
+def test_a_body_moves_to_another_classifier():
+  own, donor = (tiny_conv.init(jax.random.key(i)) for i in (0, 1))
+  wider = {**own.params, 'fc': {'kernel': jnp.zeros((32, 5))}}
+  state = {'batch_stats': {'bn': {'mean': jnp.zeros(3)}}}
+  given = donor._replace(model_state={'batch_stats': {'bn': {'mean': jnp.ones(3)}}})
+  found = experiment.with_body(given, own._replace(params=wider, model_state=state))
+  np.testing.assert_array_equal(found.params['conv2']['kernel'], donor.params['conv2']['kernel'])
+  assert not found.params['fc']['kernel'].any()
+  assert found.model_state['batch_stats']['bn']['mean'].tolist() == [1, 1, 1]
+  with pytest.raises(ValueError, match='no array of this one'):
+    experiment.with_body(given._replace(params={'other': jnp.ones(2)}), own)
+
+
+def test_the_other_data_have_their_own_weights():
+  config = configs.get_config('transfer')
+  origin = experiment.source(config)
+  assert (config.data.name, origin.data.name) == ('cifar100', 'cifar10')
+  assert (config.model.weights, origin.model.weights) == ('', 'cifar10_resnet20.npz')
+  assert origin.dense.epochs == 0 < config.dense.epochs
+  # Float and quantized networks see the new data for as long.
+  assert config.dense.epochs == experiment.epochs(config, config.choices.mixture4_kept)
+  assert experiment.source(configs.get_config('')) is None
+
+
+@pytest.mark.promotes('optax')
+def test_mixtures_are_kept_on_other_data(tmp_path, monkeypatch):
+  config = small(monkeypatch)
+  base = tiny_conv.task()
+  there = base._replace(init=lambda key: tiny_conv.init(jax.random.key(7)))
+  monkeypatch.setattr(
+    cifar, 'make_task', lambda c, mesh: (there if c.data.name == 'elsewhere' else base, None)
+  )
+  config.transfer.data, config.transfer.kept = 'elsewhere', ('mixture2',)
+  config.choices.mixture2.soft = config.choices.mixture3.soft = False
+  config.settings = ('mixture2', 'mixture3')
+  rows = experiment.experiment(config, tmp_path)
+  assert [row['setting'] for row in rows] == ['mixture2', 'mixture3']
+
+  def levels_of(folder):
+    like = base.init(jax.random.key(0))
+    done = cp.load_variables(tmp_path / 'seed0' / folder / 'variables.npz', like)
+    return {
+      name: set(np.unique(done.params[name]['kernel'])) - {0.0} for name in ('conv2', 'conv3')
+    }
+
+  kept, donor = levels_of('mixture2'), levels_of('source/mixture2')
+  for name, found in kept.items():
+    assert found and found <= donor[name]
+  # Afresh: other levels, from weights that are not those of its own random start.
+  fresh = levels_of('mixture3')
+  assert not fresh['conv2'] & donor['conv2']
+  # Both begin with the other network's body.
+  start = cp.load_variables(
+    tmp_path / 'seed0' / 'dense' / 'variables.npz', base.init(jax.random.key(0))
+  )
+  body = tiny_conv.init(jax.random.key(7)).params['conv2']['kernel']
+  assert np.abs(np.asarray(start.params['conv2']['kernel']) - body).max() < 0.3
+
+
 def test_gradients_reach_weights_and_means_through_the_levels():
   params = tiny_conv.init(jax.random.key(0)).params
   plan = quantize.make_plan(params, [('conv2/kernel', quantize.Mixture(4))])
@@ -186,7 +247,7 @@ def test_gradients_reach_weights_and_means_through_the_levels():
       trained['params'], experiment.as_mixtures(trained['codebooks']), 'ste'
     )
 
-  inside = experiment.seen_as(task, view)
+  inside = levels.seen_as(task, view)
   batch, key = next(task.loader(0)), jax.random.key(0)
   loss, grads = jax.value_and_grad(lambda t: inside.loss_fn(t, {}, batch, key)[0])(trained)
   plain = task.loss_fn(view(trained), {}, batch, key)[0]

@@ -61,6 +61,20 @@ class Net(nn.Module):
     return norm('e')(nn.Dense(5, name='head')(x)) / 3 - 1
 
 
+def test_what_is_made_of_a_parameter_has_its_name():
+  params = {
+    'w': np.ones((2, 2), np.float32),
+    'b': np.ones(2, np.float32),
+    'c': np.ones((1, 2), np.float32),
+  }
+  network = lambda p, x: jnp.exp(x @ p['w'].T + 2 * p['b'][None]) * (p['c'] + p['b'][None]) * p['c']
+  traced = to_graph(network, params, jnp.ones((1, 2)))
+  graph = fold_constants(bind_parameters(traced.graph, params))
+  assert sorted(name for name in graph.constants if name[0] not in '%#') == ['b', 'c', 'w']
+  assert graph.constants['b'].tolist() == [[2, 2]] and graph.constants['c'].tolist() == [[1, 1]]
+  validate(graph)
+
+
 def test_frozen_networks_compute_the_same():
   traced, variables, x = frozen(Net(), (2, 9, 9, 3))
   graph = freeze(traced, variables)

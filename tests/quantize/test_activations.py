@@ -1,6 +1,7 @@
 """Whole networks in integers: beside float, beside fake quantization, and refused where they must be."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,45 @@ def test_any_seed_any_batch():
   [whole] = reference.run(integers, [x])
   for i in range(len(x)):
     np.testing.assert_array_equal(reference.run(integers, [x[i : i + 1]])[0], whole[i : i + 1])
+
+
+@pytest.mark.parametrize('name, layer', [('residual', '.*/Conv_[01]'), ('mobile', '.*/Dense_0')])
+def test_chosen_layers_stay_in_float(name, layer):
+  graph, x = networks.build(name)
+  chosen = {'in_float': layer}
+  ranges = quantize.calibrate(graph, [x], 'min_max', **chosen)
+  whole = quantize.calibrate(graph, [x], 'min_max')
+  # Nothing else changes, and nobody asks for ranges of what is not rounded.
+  assert ranges.items() < whole.items()
+  integers = quantize.integer_graph(graph, ranges, **chosen)
+  scopes = {node.scope for node in integers.nodes if node.op in ('conv', 'dot')}
+  assert scopes == {s for s in {node.scope for node in graph.nodes} if re.fullmatch(layer, s)}
+  assert {node.op for node in integers.nodes} & {'qconv'}
+  said = quantize.float_layers(graph, **chosen)
+  assert len([one for one in said if re.search(layer[2:], one)]) == len(scopes)
+  [want], [got] = reference.run(graph, [x]), reference.run(integers, [x])
+  [all8] = reference.run(quantize.integer_graph(graph, whole), [x])
+  assert 0 < np.abs(got - want).mean() < np.abs(all8 - want).mean()
+  params = quantize.init_fake_quant(graph, ranges, **chosen)
+  [fake] = quantize.fake_quant(graph, params, [x], **chosen)
+  assert np.abs(fake - got).mean() < 0.003 * np.abs(want).max()
+  # Biases of float layers have no error to be corrected.
+  corrected = quantize.correct_bias(graph, ranges, [x], **chosen)
+  kept = [
+    step.nodes[1].inputs
+    for step in quantize.find_steps(graph)
+    if re.fullmatch(layer, step.nodes[0].scope) and step.details.get('bias')
+  ]
+  assert kept
+  for inputs in kept:
+    for constant in set(inputs) & set(graph.constants):
+      np.testing.assert_array_equal(corrected.constants[constant], graph.constants[constant])
+
+
+def test_a_name_of_no_layer_is_refused():
+  graph, x = networks.build('residual')
+  with pytest.raises(ValueError, match=r"in_float='Conv_0' names no layer.*Closest: .*/Conv_0"):
+    quantize.calibrate(graph, [x], in_float='Conv_0')
 
 
 # What is wrong is named.

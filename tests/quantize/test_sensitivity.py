@@ -98,6 +98,30 @@ def test_a_latency_budget_and_quantizers_as_candidates():
   assert '4 of 4 of the cost given' in chosen.notes[-1]
 
 
+def test_a_latency_may_depend_on_the_layer():
+  """Measured times need not grow with the bytes: where 3 bits are slower than 4, nobody gets them."""
+  bits = (2, 3, 4, 8)
+  seconds = {'a': (5.0, 9.0, 6.0, 8.0), 'b': (1.0, 3.0, 1.5, 2.0), 'c': (5.0, 9.0, 6.0, 8.0)}
+  cost = lambda entry, q: seconds[entry.path][bits.index(q.bits)]
+  errors = projection_errors(PLAN, PARAMS, bits)
+
+  def total(choice):
+    return sum(errors[path][i] for path, i in zip('abc', choice, strict=True))
+
+  for budget in (11.0, 13.0, 15.0, 18.0):
+    chosen = allocate_bits(PLAN, PARAMS, bits, budget, losses=errors, cost=cost)
+    picked = [bits.index(entry.quantizer.bits) for entry in chosen.quantized]
+    spent = sum(seconds[path][i] for path, i in zip('abc', picked, strict=True))
+    assert spent <= budget and 1 not in picked
+    allowed = [
+      choice
+      for choice in itertools.product(range(4), repeat=3)
+      if sum(seconds[path][i] for path, i in zip('abc', choice, strict=True)) <= budget
+    ]
+    # Errors fall steeply with bits, so that the best choice is far from the second best.
+    assert total(picked) <= 1.001 * min(map(total, allowed))
+
+
 @pytest.mark.parametrize(
   'call, message',
   [

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fqjax.exporter.passes._rename import rename
 from fqjax.runtime import dims, reference
 from fqjax.runtime.graph import Graph, Node, without_dead
 
@@ -51,7 +52,7 @@ def fold_constants(graph: Graph) -> Graph:
     graph: of bound parameters, else nothing depends on constants alone.
 
   Returns:
-    The graph; nodes that spread a small constant over more than 4,096 elements stay, and so do
+    The graph; what was made of one parameter alone has its name, if that is free. Nodes that spread a small constant over more than 4,096 elements stay, and so do
     those in bfloat16, which NumPy has not.
 
   Example:
@@ -62,9 +63,13 @@ def fold_constants(graph: Graph) -> Graph:
     ['mul']
   """
   constants = dict(graph.constants)
+  # Constant -> the parameters it was made of.
+  origin = {name: set() if name.startswith('#') else {name} for name in constants}
   nodes = []
   for node in graph.nodes:
     if _folds(graph, node, constants):
+      made_of = set().union(*(origin[name] for name in node.inputs))
+      origin |= dict.fromkeys(node.outputs, made_of)
       results = reference.run_node(node, [constants[name] for name in node.inputs])
       constants |= {
         name: np.asarray(array, graph.tensors[name].dtype)
@@ -72,7 +77,14 @@ def fold_constants(graph: Graph) -> Graph:
       }
     else:
       nodes.append(node)
-  return without_dead(dataclasses.replace(graph, nodes=tuple(nodes), constants=constants))
+  graph = without_dead(dataclasses.replace(graph, nodes=tuple(nodes), constants=constants))
+  names: dict[str, str] = {}
+  for name in graph.constants:
+    if len(origin[name]) == 1:
+      [parameter] = origin[name]
+      if parameter not in graph.tensors and parameter not in names.values():
+        names[name] = parameter
+  return rename(graph, names)
 
 
 def _folds(graph: Graph, node: Node, constants: Mapping[str, np.ndarray]) -> bool:

@@ -5,7 +5,9 @@ from typing import Any
 
 from fqjax.exporter.passes._activations import fuse_activations
 from fqjax.exporter.passes._batch_norm import fold_batch_norm
+from fqjax.exporter.passes._common import share_common
 from fqjax.exporter.passes._constants import bind_parameters, fold_constants
+from fqjax.exporter.passes._transposes import move_transposes
 from fqjax.runtime.graph import Graph, validate
 from fqjax.tracing import Traced
 
@@ -19,7 +21,8 @@ def freeze(traced: Traced, variables: Any, keep: Collection[str] = ()) -> Graph:
     keep: kernels into which no batch norm is folded, by path.
 
   Returns:
-    A valid graph without parameters: constants and batch norm folded, activations fused.
+    A valid graph without parameters: constants and batch norm folded, activations fused, nothing
+    computed twice, transposes taken in where something can.
 
   Raises:
     ValueError: variables of another structure or other shapes.
@@ -34,6 +37,7 @@ def freeze(traced: Traced, variables: Any, keep: Collection[str] = ()) -> Graph:
     ['dot', 'clamp']
   """
   graph = fold_constants(bind_parameters(traced.graph, traced.parameters(variables)))
+  graph = move_transposes(share_common(graph))
   graph = fuse_activations(fold_batch_norm(graph, keep))
   validate(graph)
   return graph

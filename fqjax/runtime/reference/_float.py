@@ -1,6 +1,7 @@
 """Every operation of the list that is not integer arithmetic, with NumPy."""
 
 from collections.abc import Callable, Mapping
+import functools
 import math
 
 import numpy as np
@@ -8,8 +9,32 @@ import numpy as np
 from fqjax.runtime import oplist
 from fqjax.runtime.reference import _windows
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+# Nodes of a table of erf, and where it is 1 in float64.
+_ERF_STEPS, _ERF_END = 4096, 6.0
+
+
+@functools.cache
+def _erf_table() -> tuple[np.ndarray, np.ndarray]:
+  """Values and slopes times the step; one node more than is ever read from the left."""
+  at = np.linspace(0, _ERF_END, _ERF_STEPS + 1)
+  slopes = 2 / math.sqrt(math.pi) * np.exp(-at * at) * (_ERF_END / _ERF_STEPS)
+  return np.array([math.erf(x) for x in at]), slopes
+
+
+def _erf(x) -> np.ndarray:
+  """By cubic Hermite interpolation; its error is below 1e-13."""
+  values, slopes = _erf_table()
+  wide = np.asarray(x, np.float64)
+  place = np.minimum(np.abs(wide), _ERF_END) * (_ERF_STEPS / _ERF_END)
+  left = np.minimum(np.nan_to_num(place).astype(np.int64), _ERF_STEPS - 1)
+  t = place - left
+  a, b, da, db = values[left], values[left + 1], slopes[left], slopes[left + 1]
+  rise = b - a
+  result = a + t * (da + t * (3 * rise - 2 * da - db + t * (da + db - 2 * rise)))
+  return np.copysign(result, wide)
 
 
 def _conv(x, w, *, layout, dtype, precision, **window) -> np.ndarray:

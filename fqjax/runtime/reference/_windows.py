@@ -7,6 +7,8 @@ import numpy as np
 
 # Elements of a depthwise product at a time: what stays in the cache.
 _BLOCK = 1 << 18
+# Elements of a matrix of windows.
+_TILE = 1 << 19
 _FULL = slice(None)
 
 
@@ -47,19 +49,71 @@ def conv(
     for size, tap, gap, stride in zip(x.shape[1:-1], taps, dilation, strides, strict=True)
   ]
   out = np.zeros((len(x), *sizes, outputs), x.dtype)
-  if inputs == 1 and groups > 1:
-    rows = max(1, _BLOCK // max(1, out[:1].size))
-    for start in range(0, len(x), rows):
-      block = out[start : start + rows]
-      for tap, part in _taps(x[start : start + rows], taps, strides, dilation, sizes):
-        # Outputs of one group stand side by side.
-        block += part.repeat(outputs // groups, -1) * w[tap][0]
+  if not out.size or not w.size:
     return out
-  for tap, part in _taps(x, taps, strides, dilation, sizes):
-    rows = part.reshape(-1, groups, inputs).transpose(1, 0, 2)
-    kernel = w[tap].reshape(inputs, groups, -1).transpose(1, 0, 2)
-    out += (rows @ kernel).transpose(1, 0, 2).reshape(out.shape)
+  if inputs == 1 and groups > 1:
+    _depthwise(x, w, strides, dilation, out)
+  else:
+    _by_matrices(x, w, strides, dilation, groups, out)
   return out
+
+
+def _depthwise(x, w, strides, dilation, out) -> None:
+  """One input per output: products of elements, tap by tap."""
+  *taps, _, outputs = w.shape
+  repeats = outputs // x.shape[-1]
+  block = max(1, _BLOCK // max(1, out[:1].size))
+  product = np.empty((block, *out.shape[1:]), x.dtype)
+  for start in range(0, len(x), block):
+    rows = out[start : start + block]
+    for tap, part in _taps(x[start : start + block], taps, strides, dilation, out.shape[1:-1]):
+      # Outputs of one input stand side by side.
+      part = part.repeat(repeats, -1) if repeats > 1 else part
+      rows += np.multiply(part, w[tap][0], out=product[: len(rows)])
+
+
+def _by_matrices(x, w, strides, dilation, groups, out) -> None:
+  """Rows of the result, some at a time: the windows they need as a matrix, times the kernel.
+
+  The rows of an image fall into the same tiles wherever it stands in a batch.
+  """
+  *taps, inputs, outputs = w.shape
+  depth = int(np.prod(taps)) * inputs
+  # [groups, taps * inputs, outputs of the group]
+  kernel = w.reshape(depth, groups, -1).transpose(1, 0, 2)
+  if all(n == 1 for n in (*taps, *strides)) and groups == 1:
+    np.matmul(x.reshape(-1, inputs), kernel[0], out=out.reshape(-1, outputs))
+    return
+  windows = _windows(x, taps, strides, dilation, out.shape[1:-1])
+  height, *rest = out.shape[1:-1]
+  across = int(np.prod(rest))
+  tile = min(height, max(1, _TILE // (across * depth * groups)))
+  matrix = np.empty((groups, tile * across, depth), x.dtype)
+  for image, result in zip(windows, out, strict=True):
+    for start in range(0, height, tile):
+      part = image[start : start + tile]  # [rows, ..., taps..., c]
+      rows = len(part) * across
+      split = part.reshape(*part.shape[:-1], groups, inputs) if groups > 1 else part[..., None, :]
+      ordered = np.moveaxis(split, -2, 0)
+      np.copyto(matrix[:, :rows].reshape(ordered.shape), ordered)
+      target = result[start : start + tile].reshape(rows, groups, -1)
+      if groups == 1:
+        np.matmul(matrix[0, :rows], kernel[0], out=target[:, 0])
+      else:
+        target[:] = (matrix[:, :rows] @ kernel).transpose(1, 0, 2)
+
+
+def _windows(x, taps, strides, dilation, sizes) -> np.ndarray:
+  """A view [n, positions..., taps..., c] of every window of [n, spatial..., c]."""
+  steps = x.strides[1:-1]
+  moves = [step * stride for step, stride in zip(steps, strides, strict=True)]
+  gaps = [step * gap for step, gap in zip(steps, dilation, strict=True)]
+  return np.lib.stride_tricks.as_strided(
+    x,
+    (len(x), *sizes, *taps, x.shape[-1]),
+    (x.strides[0], *moves, *gaps, x.strides[-1]),
+    writeable=False,
+  )
 
 
 def to_layout(x: np.ndarray, layout: str) -> np.ndarray:
@@ -101,7 +155,7 @@ def pool(
   for where in itertools.product(*map(range, window)):
     steps = zip(where, dilation, strides, sizes, strict=True)
     part = x[tuple(slice(i * g, i * g + (n - 1) * s + 1 if n else 0, s) for i, g, s, n in steps)]
-    out = join(out, part)
+    join(out, part, out=out)
   return out
 
 
