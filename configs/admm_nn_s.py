@@ -4,7 +4,7 @@
 
 | preset | what it prunes | where it is meant to run |
 | --- | --- | --- |
-| `lenet5` (default) | LeNet-5 on MNIST, unstructured to 71x, 348x and 500x, structured along a ladder; three seeds | 2 cores, an hour and a half |
+| `lenet5` (default) | LeNet-5 on MNIST, unstructured to 71x, 348x and 500x by ADMM and gradually, structured along a ladder; three seeds | 2 cores, an hour and a half |
 | `lenet5_quantized` | rungs of those ladders on 3 and 2 bits, equal steps and powers of two | 2 cores, an hour and a half |
 | `lenet5_binary` | LeNet-5, every weight a sign, first and last layers too | 2 cores, half an hour |
 | `resnet20` | published ResNet-20 for CIFAR-10, unstructured and structured, float and 4 bits | 2 cores, a day |
@@ -21,7 +21,7 @@ import ml_collections
 
 from configs.common import narrow, parse_arg
 from experiments import cifar
-from experiments.compression import admm_recipe, recipe
+from experiments.compression import admm_recipe, gradual_recipe, recipe
 
 PRESETS = (
   'lenet5', 'lenet5_quantized', 'lenet5_binary', 'resnet20', 'resnet50', 'alexnet', 'vgg16', 'smoke',
@@ -68,6 +68,7 @@ def base() -> ml_collections.ConfigDict:
   config.distill.temperature = 4.0
   config.dense = recipe(lr=0.1, epochs=90.0, weight_decay=1e-4)
   config.admm = admm_recipe(lr=1e-3, epochs=30.0, schedule='constant', weight_decay=1e-4)
+  config.gradual = gradual_recipe(lr=1e-3, epochs=30.0, optimizer='adam')  # of kind 'pooled'
   config.retrain = recipe(lr=1e-2, epochs=10.0, weight_decay=1e-4)  # rungs on the way
   config.finish = recipe(lr=1e-2, epochs=40.0, weight_decay=1e-4)  # rungs that count
 
@@ -88,7 +89,8 @@ def ladder(kind: str, layers: tuple, rungs: tuple, named: tuple = (), last: str 
   """A setting: what each rung keeps of each layer, and the rungs that have a name and goals.
 
   Args:
-    kind: 'unstructured', or 'structured' (filters and columns at once).
+    kind: 'unstructured', 'structured' (filters and columns at once), or 'pooled' (all layers that a
+      regex matches have one budget).
     layers: regexes of the layers; the first that matches wins.
     rungs: kept fractions, one for each layer, from mild to sparse.
     named: (index of a rung, name, ((metric, goal), ...), reference); these are retrained at length
@@ -179,7 +181,20 @@ def lenet5() -> ml_collections.ConfigDict:
   config.rates.structured = ladder(
     'structured', layers, even((0.25, 0.06, 0.008, 0.2), 7)[1:], last='fc2/kernel'
   )
-  config.settings = ('unstructured', 'structured')
+  # A little below the rates, where rounding cannot spoil them.
+  config.rates.pooled = ladder(
+    'pooled',
+    ('.*/kernel',),
+    ((0.014,), (0.00287,), (0.001998,)),
+    (
+      (0, 'pooled71', (('top1', 99.2), ('compression', 71.2)), 'arXiv 1804.03294: 71.2x at 99.2 %'),
+      (1, 'pooled348', (('top1', 99.0), ('change', -0.2), ('compression', 348.0)),
+       'arXiv 1907.02124: 348x'),
+      (2, 'pooled500', (('top1', 99.0), ('change', -0.2), ('compression', 500.0)), 'stretch'),
+    ),
+  )  # fmt: skip
+  config.gradual = gradual_recipe(optimizer='adam', lr=2e-3, epochs=14.0)
+  config.settings = ('unstructured', 'pooled', 'structured')
 
   config.pull = admm_recipe(
     optimizer='adam', lr=1e-3, epochs=5.0, schedule='constant', rho=(1e-2, 1e-1), refreshes=4

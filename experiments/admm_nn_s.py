@@ -5,6 +5,8 @@
 A dense network is trained (or loaded); every *setting* prunes it along a ladder of rates:
 
   unstructured   the largest weights of every layer
+  pooled         the weights that the loss would miss most, of all layers together; in place of ADMM
+                 they leave one after the other
   structured     whole filters and whole columns (one input position of all filters) at once;
                  at the end what no path reads leaves the network, and the smaller one is checked
 
@@ -27,13 +29,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import cifar, formats, harness, levels, outcome, tasks
 from experiments import compression as cp
 from experiments.harness import data_label, record_once, say
 from fqjax import files, quantize, sparsity, train
 
-KINDS = ('unstructured', 'structured')
+KINDS = ('unstructured', 'structured', 'pooled')
 WAYS = ('admm', 'straight')
 # Fields that may change between a run and its continuation.
 _FREE = re.compile(
@@ -128,7 +131,7 @@ def check(config) -> None:
     if wrong := [i for i, *_ in setting.named if not 0 <= i < len(setting.rungs)]:
       raise ValueError(f'config.rates.{name}.named: there is no rung {wrong[0]}')
   cp.check_distill(config.distill)
-  for name in ('dense', 'admm', 'retrain', 'finish', 'pull', 'mapping', 'straight'):
+  for name in ('dense', 'admm', 'gradual', 'retrain', 'finish', 'pull', 'mapping', 'straight'):
     cp.check_recipe(name, config[name])
 
 
@@ -161,12 +164,14 @@ def make_task(config, mesh, **options) -> tuple[tasks.Task, Any]:
 # ---------------------------------------------------------------------------- plans
 
 
-def ladder(setting, params, layers) -> list[sparsity.Plan]:
-  """The plans of a setting's rungs."""
+def ladder(setting, params, layers, rungs=None) -> list[sparsity.Plan]:
+  """The plans of a setting's rungs, or of others."""
 
   def structure(pattern, keep):
     if setting.kind == 'unstructured':
       return sparsity.Unstructured(keep=keep)
+    if setting.kind == 'pooled':
+      return sparsity.Pooled(keep=float(keep), scope=pattern)
     if pattern == setting.last:  # its filters are the classes
       return sparsity.Columns(keep=keep)
     filters = keep**setting.filter_share
@@ -178,7 +183,7 @@ def ladder(setting, params, layers) -> list[sparsity.Plan]:
       [(p, structure(p, keep)) for p, keep in zip(setting.layers, keeps, strict=True)],
       layers=layers,
     )
-    for keeps in setting.rungs
+    for keeps in (setting.rungs if rungs is None else rungs)
   ]
 
 
@@ -201,10 +206,21 @@ def climbs(config) -> dict[str, int]:
 
 def climbed(config, name: str, run: cp.Run, dense: tasks.Variables, count: int):
   """The first `count` rungs of a setting, one after the other."""
-  plans = ladder(config.rates[name], dense.params, run.task.layers)
+  setting, between, way = config.rates[name], None, config.admm
+  plans = ladder(setting, dense.params, run.task.layers)
+  if setting.kind == 'pooled':
+    way = config.gradual
+
+    def between(rung, count):
+      before = setting.rungs[rung - 1] if rung else (1.0,) * len(setting.layers)
+      keeps = [
+        np.geomspace(a, b, count + 1)[1:] for a, b in zip(before, setting.rungs[rung], strict=True)
+      ]
+      return ladder(setting, dense.params, run.task.layers, zip(*keeps, strict=True))
+
   long = {i for i, *_ in config.rates[name].named} or range(len(plans))
   recipes = tuple(config.finish if i in long else config.retrain for i in range(len(plans)))
-  return itertools.islice(cp.climb(run, dense, plans, config.admm, recipes), count)
+  return itertools.islice(cp.climb(run, dense, plans, way, recipes, between), count)
 
 
 # ---------------------------------------------------------------------------- levels

@@ -54,6 +54,16 @@ def admm_recipe(**fields) -> ml_collections.ConfigDict:
   return config
 
 
+def gradual_recipe(**fields) -> ml_collections.ConfigDict:
+  """How weights leave one after the other while the others learn."""
+  config = recipe()
+  config.renewals = 12  # of the masks, evenly in the logarithm of what is kept
+  config.until = 0.9  # of the phase; the rest is for those that stay
+  config.score = 'fisher'  # of `rules.gradual`
+  config.update(fields)
+  return config
+
+
 def check_recipe(name: str, config) -> None:
   """Refuses a recipe that cannot be followed.
 
@@ -65,6 +75,8 @@ def check_recipe(name: str, config) -> None:
       raise ValueError(f'config.{name}.{field}={config[field]!r}: choose {allowed}')
   if config.epochs < 0 or config.lr <= 0:
     raise ValueError(f'config.{name} needs epochs >= 0 and lr > 0')
+  if 'renewals' in config and not (config.renewals >= 1 and 0 < config.until <= 1):
+    raise ValueError(f'config.{name} needs renewals >= 1 and until in (0, 1]')
 
 
 def optimizer(config, length: int, first=None, *last) -> optax.GradientTransformation:
@@ -121,7 +133,16 @@ class Run(NamedTuple):
 
 
 def phase(
-  run: Run, name: str, variables: Variables, config, *, target=None, held=None, last=None, watch=()
+  run: Run,
+  name: str,
+  variables: Variables,
+  config,
+  *,
+  target=None,
+  held=None,
+  last=None,
+  leave=None,
+  watch=(),
 ) -> Variables:
   """Trains once: plainly, towards a target, or inside masks.
 
@@ -134,6 +155,7 @@ def phase(
     target: a plan, or a callable tree -> (tree, masks), that `rules.admm` pulls to.
     held: masks; weights that are False stay at zero.
     last: link after the optimizer, before that of `held`.
+    leave: plans, one for each renewal of a gradual recipe, that the weights leave by.
     watch: functions of the training state that return named numbers for the log.
 
   Returns:
@@ -141,11 +163,11 @@ def phase(
     training is waited for.
   """
   with alone(run.folder / name):
-    return _phase(run, name, variables, config, target, held, last, watch)
+    return _phase(run, name, variables, config, target, held, last, leave, watch)
 
 
 def _phase(
-  run: Run, name: str, variables: Variables, config, target, held, last, watch
+  run: Run, name: str, variables: Variables, config, target, held, last, leave, watch
 ) -> Variables:
   folder = run.folder / name
   done = folder / 'variables.npz'
@@ -159,7 +181,12 @@ def _phase(
   if target is not None:
     pull, length, every = admm_link(config, target, total)
     evaluators += (gaps, *(make(folder) for make in run.watch))
-  tx = optimizer(config, length, pull, last, None if held is None else rules.keep_masked(held))
+  pinned = None if held is None else rules.keep_masked(held)
+  if leave is not None:
+    inner = optimizer(config, length, pull, last)
+    tx = optax.chain(*filter(None, (gradual_link(config, inner, leave, total), pinned)))
+  else:
+    tx = optimizer(config, length, pull, last, pinned)
   # Phases see the data in orders of their own.
   order = zlib.crc32(f'{run.seed} {name}'.encode())
   start = train.create_state(*variables, tx, jax.random.key(order))
@@ -217,6 +244,16 @@ def admm_link(config, target, total: int):
   return rules.admm(target, every=every, growth=config.growth, **rho), length, every
 
 
+def gradual_link(config, inner, leave, total: int) -> optax.GradientTransformationExtraArgs:
+  """The optimizer inside masks that are renewed, for the last time at `until` of the phase."""
+  # Adam's moments have to have seen something before they can rank.
+  end = max(1, round(config.until * total))
+  begin = min(max(1, total // 50), end)
+  every = max(1, -(-(end - begin) // max(1, config.renewals - 1)))
+  count = len(range(begin, end, every)) + 1
+  return rules.gradual(inner, leave(count), begin=begin, end=end, every=every, score=config.score)
+
+
 def gaps(state: train.TrainState) -> dict[str, float]:
   """How far ADMM is, for the log."""
   found = rules.diagnostics(state.opt_state)
@@ -252,16 +289,22 @@ class Rung(NamedTuple):
 
 
 def climb(
-  run: Run, variables: Variables, plans: Sequence[Any], admm_config, retrain_config
+  run: Run,
+  variables: Variables,
+  plans: Sequence[Any],
+  admm_config,
+  retrain_config,
+  between: Callable[[int, int], Sequence[Any]] | None = None,
 ) -> Iterator[Rung]:
-  """For every plan: ADMM, hard projection, retraining of the survivors, scores.
+  """For every plan: ADMM or gradual pruning, hard projection, retraining of the survivors, scores.
 
   Args:
     run: the network on its way.
     variables: trained, dense.
     plans: each sparser than the one before; what died stays dead.
-    admm_config: an ADMM recipe; 0 epochs cut at once.
+    admm_config: an ADMM recipe, or with `between` a gradual one; 0 epochs cut at once.
     retrain_config: a recipe, or one for each plan.
+    between: (rung, count) -> so many plans from the rung before to this one.
   """
   task, state = run.task, variables.model_state
   recipes = retrain_config if isinstance(retrain_config, tuple) else (retrain_config,) * len(plans)
@@ -270,7 +313,12 @@ def climb(
   def compress(target, params, masks):
     nonlocal state
     start = Variables(params, state)
-    params, state = phase(run, f'{number:02d}-admm', start, admm_config, target=target, held=masks)
+    if between is None:
+      how = {'target': target}
+    else:
+      how = {'leave': lambda count, rung=number: between(rung, count)}
+    name = f'{number:02d}-{"admm" if between is None else "gradual"}'
+    params, state = phase(run, name, start, admm_config, held=masks, **how)
     return params
 
   def retrain(params, masks):

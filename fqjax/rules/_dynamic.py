@@ -152,7 +152,7 @@ def _moving(inner, target, every, end, drop, grow, seed):
   def due(count):
     return (count > 0) & (count < end) & (count % every == 0)
 
-  def refresh(count, masks, params, grads):
+  def refresh(count, masks, params, grads, _):
     share = jnp.asarray(drop(count), jnp.float32)
 
     def survivors(p, alive):

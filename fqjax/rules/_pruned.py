@@ -39,7 +39,7 @@ def pruned(
   inner: optax.GradientTransformation,
   init_masks: Callable[[PyTree], PyTree],
   due: Callable[[jax.Array], jax.Array] | None = None,
-  refresh: Callable[[jax.Array, PyTree, PyTree, PyTree], PyTree] | None = None,
+  refresh: Callable[[jax.Array, PyTree, PyTree, PyTree, PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Runs `inner` on masked gradients and lands dead weights on zero.
 
@@ -47,7 +47,7 @@ def pruned(
     inner: the optimizer.
     init_masks: params -> masks.
     due: count -> bool scalar; when the masks are made anew.
-    refresh: (count, masks, params, dense gradients) -> masks.
+    refresh: (count, masks, params, dense gradients, state of `inner`) -> masks.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -62,7 +62,7 @@ def pruned(
       assert refresh is not None
 
       def renew(masks, inner_state, grads=updates, refresh=refresh):
-        new = refresh(count, masks, params, grads)
+        new = refresh(count, masks, params, grads, inner_state)
         # Who dies and who is born: both start again as in `init`.
         stays = covered(lambda _, a, b: a & b, params, masks, new)
         return new, reset_dead(inner_state, inner.init(params), params, stays)

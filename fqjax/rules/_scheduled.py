@@ -45,9 +45,10 @@ def gradual(
     end: updates before the last one.
     every: updates between renewals.
     power: 3 prunes fast at first; 1 is linear.
-    score: what ranks weights: 'magnitude'; 'saliency', |w| times |gradient|; 'random'; or a function
-      (params, gradients, key) -> tree of scores >= 0 like the params. For plain callables as
-      targets the scores are shown as the magnitudes whose squares they are.
+    score: what ranks weights: 'magnitude'; 'saliency', |w| times |gradient| of that one step;
+      'fisher', w^2 times the second moment of its gradient, which `inner` has to keep (Adam and its
+      kin); 'random'; or a function (params, gradients, key) -> tree of scores >= 0 like the params.
+      For plain callables as targets the scores are shown as the magnitudes whose squares they are.
     seed: of 'random' and of the keys given to `score`.
 
   Returns:
@@ -97,8 +98,8 @@ def gradual(
     inside = (count >= begin) & (count <= end)
     return inside & (((count - begin) % every == 0) | (count == end))
 
-  def refresh(count, masks, params, grads):
-    scores = rank(count, params, grads)
+  def refresh(count, masks, params, grads, inner_state):
+    scores = rank(count, params, grads, inner_state)
     dead = covered(lambda _, m: ~m, params, masks)
 
     def select(project):
@@ -190,26 +191,48 @@ def renewal_steps(begin: int, end: int, every: int) -> list[int]:
   return steps if steps[-1] == end else [*steps, end]
 
 
-def scorer(score: Score, seed: int) -> Callable[[jax.Array, PyTree, PyTree], PyTree | None]:
-  """Scores as `(count, params, gradients) -> tree`; None stands for the magnitudes themselves."""
+def scorer(score: Score, seed: int) -> Callable[[jax.Array, PyTree, PyTree, PyTree], PyTree | None]:
+  """Scores as `(count, params, gradients, state of the optimizer) -> tree`; None: the magnitudes."""
 
   def key(count):
     return jax.random.fold_in(jax.random.key(seed), count)
 
   if score == 'magnitude':
-    return lambda count, params, grads: None
+    return lambda count, params, grads, state: None
   if score == 'saliency':
-    return lambda count, params, grads: jax.tree.map(
+    return lambda count, params, grads, state: jax.tree.map(
       lambda p, g: magnitude(p) * magnitude(g).astype(wide(p)), params, grads
     )
+  if score == 'fisher':
+    return lambda count, params, grads, state: jax.tree.map(
+      lambda p, v: jnp.square(magnitude(p)) * v.astype(wide(p)), params, second_moments(state)
+    )
   if score == 'random':
-    return lambda count, params, grads: uniform(key(count), params)
+    return lambda count, params, grads, state: uniform(key(count), params)
   if not callable(score):
     raise ValueError(
-      f"score={score!r} must be 'magnitude', 'saliency', 'random' or a function"
+      f"score={score!r} must be 'magnitude', 'saliency', 'fisher', 'random' or a function"
       ' (params, gradients, key) -> tree.'
     )
-  return lambda count, params, grads: score(params, grads, key(count))
+  return lambda count, params, grads, state: score(params, grads, key(count))
+
+
+def second_moments(state: PyTree) -> PyTree:
+  """Second moments of the gradients, like the params, from the state of Adam or its kin.
+
+  Args:
+    state: of the optimizer, however it is chained or wrapped.
+
+  Raises:
+    ValueError: it keeps none, or several.
+  """
+  found = [moments for _, moments in optax.tree_utils.tree_get_all_with_path(state, 'nu')]
+  if len(found) != 1:
+    raise ValueError(
+      f"score='fisher' needs an optimizer with one tree of second moments ('nu', as in optax.adam); "
+      f'this one has {len(found)}.'
+    )
+  return found[0]
 
 
 def uniform(key: jax.Array, params: PyTree) -> PyTree:

@@ -55,6 +55,35 @@ def test_a_climb_prunes_nested_and_is_read_back(run, capsys):
 
 
 @pytest.mark.promotes('optax')
+def test_weights_leave_one_after_the_other(run):
+  dense = cp.phase(run, 'dense', run.task.init(jax.random.key(0)), RECIPE)
+  pooled = lambda keep: sparsity.make_plan(
+    dense.params, [('.*/kernel', sparsity.Pooled(keep=float(keep)))]
+  )
+  ends, asked = (0.5, 0.1), []
+
+  def between(rung, count):
+    before = ends[rung - 1] if rung else 1.0
+    asked.append((rung, count))
+    return [pooled(keep) for keep in np.geomspace(before, ends[rung], count + 1)[1:]]
+
+  recipe = cp.gradual_recipe(optimizer='adam', lr=0.02, epochs=4.0, renewals=5)
+  rungs = list(cp.climb(run, dense, list(map(pooled, ends)), recipe, RECIPE, between))
+  assert [rung for rung, _ in asked] == [0, 1] and 1 < asked[0][1] <= 5
+  sizes = [sum(int(m.sum()) for m in jax.tree.leaves(rung.masks)) for rung in rungs]
+  total = sum(np.size(dense.params[layer]['kernel']) for layer in ('fc1', 'fc2'))
+  assert sizes == [round(keep * total) for keep in ends]
+  for layer in ('fc1', 'fc2'):
+    mild, sparse = (np.asarray(rung.masks[layer]['kernel']) for rung in rungs)
+    assert not np.any(sparse & ~mild)
+  assert np.mean(rungs[1].scores['test']) > 0.6
+  # The phase itself ended on the masks: the cut took nothing away.
+  before = cp.load_variables(run.folder / '01-gradual' / 'variables.npz', dense)
+  kept = sum(np.count_nonzero(before.params[layer]['kernel']) for layer in ('fc1', 'fc2'))
+  assert kept <= sizes[1]
+
+
+@pytest.mark.promotes('optax')
 def test_no_epochs_cut_at_once(run):
   dense = run.task.init(jax.random.key(1))
   one_shot = cp.recipe(epochs=0.0)

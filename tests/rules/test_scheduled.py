@@ -106,6 +106,34 @@ def test_ranked_by_saliency_random_and_own_scores():
   np.testing.assert_array_equal(np.flatnonzero(state.masks['w']), np.arange(30, 40))
 
 
+@pytest.mark.promotes('Adam of optax')
+def test_ranked_by_what_the_loss_would_notice():
+  # Large weights of which the loss knows little go before small ones that it needs.
+  params = {'idle': jnp.full(4, 2.0), 'busy': jnp.array([0.5, 0.5, 0.1, 0.1])}
+  half = lambda tree: (tree, top_half(tree))
+  tx = rules.gradual(optax.adam(0.0), half, begin=3, end=3, every=1, score='fisher')
+  state = tx.init(params)
+  grads = {'idle': jnp.full(4, 1e-3), 'busy': jnp.full(4, 1.0)}
+  for _ in range(4):
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  assert params['busy'].tolist() == pytest.approx([0.5, 0.5, 0.1, 0.1])
+  assert not params['idle'].any()
+
+
+def top_half(tree):
+  both = jnp.concatenate([tree['idle'], tree['busy']])
+  mask = top_k_mask(both, 4)
+  return {'idle': mask[:4], 'busy': mask[4:]}
+
+
+def test_second_moments_are_needed():
+  tx = rules.gradual(optax.sgd(0.1), lambda t: (t, t), begin=0, end=0, every=1, score='fisher')
+  params = {'w': jnp.ones(3)}
+  with pytest.raises(ValueError, match='second moments.*has 0'):
+    tx.update(params, tx.init(params), params)
+
+
 def test_one_shot_trains_dense_before():
   tx = rules.one_shot(optax.sgd(0.1), trees.largest(0.5), at=2)
   assert [m.sum() for _, m in follow(tx, weights(), 5)] == [40, 40, 20, 20, 20]
