@@ -63,6 +63,7 @@ def encode(name: str, array: np.ndarray, layout: str = '') -> Stored:
     >>> stored.form, stored.levels, stored.bytes < 600
     ('dense', array([ 0.5, -0.5], dtype=float32), True)
   """
+  array = np.asarray(array, array.dtype.newbyteorder('='))
   bits = array.view(np.uint16) if str(array.dtype) == 'bfloat16' else array
   kept = int(np.count_nonzero(array))
   raw = np.ascontiguousarray(bits)
@@ -159,6 +160,8 @@ def _steps(array: np.ndarray, axis: int) -> Values | None:
     codes[i] = np.rint(row / scale)
   if np.any(np.signbit(rows) & (rows == 0)):
     return None  # a negative zero is no step
+  if np.count_nonzero(codes) < 4 * len(rows):
+    return None  # any weight is one step of itself
   highest, lowest = int(codes.max(initial=0)), int(codes.min(initial=0))
   bits = 1 + max(highest, -1 - lowest).bit_length()
   shape = [array.shape[axis], *(n for i, n in enumerate(array.shape) if i != axis)]

@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import sys
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
@@ -63,7 +64,12 @@ class Artifact:
 
   def __post_init__(self):
     # What cannot be read again must not leave.
-    object.__setattr__(self, '_model', _model.loads(self.data, limit=_largest(self)))
+    try:
+      model = _model.loads(self.data)
+    except _file.ArtifactError as error:
+      model = _model.loads(self.data, limit=_largest(self))
+      warnings.warn(f'load(path, limit=...) is needed for this file: {error}', stacklevel=3)
+    object.__setattr__(self, '_model', model)
 
   @property
   def model(self) -> _model.Model:
@@ -208,19 +214,22 @@ def export(
     )
   dense_bytes = 4 * sum(np.size(leaf) for leaf in jax.tree.leaves(params))
   calls = [_call(x) for x in (example if isinstance(example, list) else [example])]
-  apply_fn = _in_front(preprocess, apply_fn)
-  if optimize == 'size':
-    apply_fn, params = _without_unused(apply_fn, params, calls[0])
-  traced = [
-    _trace(apply_fn, params, call, batch_axes if batch == 'open' else None) for call in calls
+  whole = _in_front(preprocess, apply_fn), params
+  # Of images of several sizes, each size makes a network of its own smaller.
+  networks = [_without_unused(*whole, call) if optimize == 'size' else whole for call in calls]
+  axes = batch_axes if batch == 'open' else None
+  traced = [_trace(*network, call, axes) for network, call in zip(networks, calls, strict=True)]
+  variables = [own for _, own in networks]
+  graphs = [
+    _frozen(one, own, precision == 'float32') for one, own in zip(traced, variables, strict=True)
   ]
-  graphs = [_frozen(one, params, precision == 'float32') for one in traced]
   float_layers: tuple[str, ...] = ()
   if precision == 'int8':
     float_layers = quantize.float_layers(graphs[0], in_float)
+    batches = ranges if isinstance(ranges, Mapping) else list(ranges or ())
     graphs = [
-      _integers(one, graph, params, ranges, in_float)
-      for one, graph in zip(traced, graphs, strict=True)
+      _integers(one, graph, own, batches, in_float)
+      for one, graph, own in zip(traced, graphs, variables, strict=True)
     ]
   with _Bar(sys.stderr.isatty() if progress is None else progress) as bar:
     graphs, arrays = _encoded(graphs, bar)
@@ -282,21 +291,37 @@ def _frozen(traced: Traced, params: Any, as_they_are: bool) -> Graph:
 
   Not where they become integers (`as_they_are` is False): there it only scales them.
   """
-  values = {name: np.asarray(x) for name, x in traced.parameters(params).items()}
-  found = _layouts(passes.bind_parameters(traced.graph, values)) if as_they_are else {}
-  keep = [name for name, x in values.items() if name in found and has_levels(x, found[name])]
+  keep = []
+  if as_they_are:
+    # As the layers see them: kernels may be products with masks, or transposed.
+    bound = _folded(traced, params)
+    keep = [
+      name
+      for name, layout in _layouts(bound).items()
+      if has_levels(_plain(bound.constants[name]), layout)
+    ]
   graph = passes.freeze(traced, params, keep)
-  # A weight times a mask may be -0.0: nothing, for a layer, and stored as something.
-  kernels = {
-    name: graph.constants[name] + graph.constants[name].dtype.type(0) for name in _layouts(graph)
-  }
+  kernels = {name: _plain(graph.constants[name]) for name in _layouts(graph)}
   return dataclasses.replace(graph, constants={**graph.constants, **kernels})
+
+
+def _folded(traced: Traced, params: Any) -> Graph:
+  values = {name: np.asarray(x) for name, x in traced.parameters(params).items()}
+  return passes.fold_constants(passes.bind_parameters(traced.graph, values))
+
+
+def _plain(kernel: np.ndarray) -> np.ndarray:
+  """A weight times a mask may be -0.0: nothing, for a layer, and stored as something."""
+  return kernel + kernel.dtype.type(0)
 
 
 def _integers(traced: Traced, graph: Graph, params: Any, ranges: Any, in_float: str) -> Graph:
   largest = _largest_levels(traced, graph, params)
   if not isinstance(ranges, Mapping):
-    batches = [_leaves(traced, batch) for batch in ranges]
+    batches = [leaves for batch in ranges if _fits(graph, leaves := _leaves(traced, batch))]
+    if not batches and ranges:
+      takes = ', '.join(str(graph.tensors[name]) for name in graph.inputs)
+      raise ValueError(f'no batch of ranges= is of the shape that the network takes: {takes}.')
     ranges = quantize.calibrate(graph, batches)
     graph = quantize.correct_bias(graph, ranges, batches, in_float, largest)
   return quantize.integer_graph(graph, ranges, in_float, largest)
@@ -308,15 +333,15 @@ def _largest_levels(traced: Traced, graph: Graph, params: Any) -> dict[str, np.n
   With it all channels round their levels alike, and there are as few of them afterwards.
   """
   found = {}
-  values = {name: np.asarray(x) for name, x in traced.parameters(params).items()}
-  layouts = _layouts(graph)
-  for kernel, layout in layouts.items():
-    before = values.get(kernel.removesuffix(':folded'))
+  unfolded = _folded(traced, params).constants
+  for kernel, layout in _layouts(graph).items():
+    before = unfolded.get(kernel.removesuffix(':folded'))
     after = graph.constants[kernel]
     if before is None or before.shape != after.shape or layout.count('O') != 1:
       continue
-    few = few_levels(before, layout)
-    if few is None or few.bits > 7:
+    few = few_levels(_plain(before), layout)
+    # Channels with levels of their own share nothing.
+    if few is None or few.bits > 7 or (few.levels is not None and few.axis is not None):
       continue
     axis = layout.index('O')
     rows = lambda x, axis=axis: np.abs(np.moveaxis(x, axis, 0)).reshape(x.shape[axis], -1).max(1)
@@ -332,12 +357,21 @@ def _largest_levels(traced: Traced, graph: Graph, params: Any) -> dict[str, np.n
 
 def _leaves(traced: Traced, batch: Any) -> list[Any]:
   call = _call(batch)
-  leaves = jax.tree.leaves((call.args, call.kwargs))
-  if len(leaves) != len(traced.graph.inputs):
+  leaves, tree = jax.tree.flatten((call.args, call.kwargs))
+  if tree != traced.inputs:
     raise ValueError(
-      f'a batch of ranges= holds {len(leaves)} arrays, the network takes {len(traced.graph.inputs)}.'
+      f'a batch of ranges= has another structure than the example:\n  {tree}\n  {traced.inputs}'
     )
-  return leaves
+  static = traced.static[traced.variables.num_leaves :]
+  return [leaf for leaf, fixed in zip(leaves, static, strict=True) if fixed is None]
+
+
+def _fits(graph: Graph, arrays: Sequence[Any]) -> bool:
+  try:
+    graph_lib.batch_size(graph, [np.shape(x) for x in arrays])
+  except ValueError:
+    return False
+  return True
 
 
 def _layouts(graph: Graph) -> dict[str, str]:

@@ -46,7 +46,8 @@ def _walk(tree: Any, what: str) -> Any:
   if isinstance(tree, tuple) and hasattr(tree, '_fields'):
     named = tree._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     fields = {key: _walk(x, what) for key, x in named.items()}
-    return {'named': [type(tree).__name__, fields]}
+    # A private type comes back under the name without underscores: nothing private is in a file.
+    return {'named': [type(tree).__name__.lstrip('_') or 'Tuple', fields]}
   if isinstance(tree, tuple):
     return {'tuple': [_walk(x, what) for x in tree]}
   if isinstance(tree, list):

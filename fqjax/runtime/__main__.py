@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == 'show':
       print(model)
       for key, value in model.metadata.items():
-        print(f'{key}: {value}')
+        print(f'{key}: {value!r}')
       return 0
     for name in args.photo:
       print_top(model, name, args.top)
@@ -86,12 +86,19 @@ def photograph(model: Model, name: str) -> np.ndarray:
     OSError: no photograph.
   """
   spec = model.inputs[0]
-  if len(model.inputs) > 1 or spec.dtype != 'uint8' or len(spec.shape) != 4 or spec.shape[3] != 3:
+  sides = spec.shape[1:3]
+  if (
+    len(model.inputs) > 1
+    or spec.dtype != 'uint8'
+    or len(spec.shape) != 4
+    or spec.shape[3] != 3
+    or not all(isinstance(side, int) for side in sides)
+  ):
     raise ValueError(
       f'the model takes {", ".join(map(str, model.inputs))}, not uint8[n, height, width, 3]: export '
       'it with preprocess= that begins at 8-bit pixels.'
     )
-  height, width = (int(side) for side in spec.shape[1:3])
+  height, width = (int(side) for side in sides)
   size = model.metadata.get('resize', round(min(height, width) / _CROP))
   if not isinstance(size, int) or not 1 <= size <= 1 << 14:
     raise ValueError(f"metadata['resize'] is {size!r}, not a number of pixels.")
@@ -104,10 +111,14 @@ def photograph(model: Model, name: str) -> np.ndarray:
 
 def _open(name: str) -> Any:
   try:
-    from PIL import Image
+    from PIL import Image, ImageOps
   except ImportError:
     raise ImportError('reading photographs needs Pillow: pip install pillow') from None
-  return Image.open(name).convert('RGB')
+  try:
+    # Cameras turn the picture by a note in the file.
+    return ImageOps.exif_transpose(Image.open(name)).convert('RGB')
+  except Image.DecompressionBombError as error:
+    raise ValueError(f'{name}: {error}') from None
 
 
 if __name__ == '__main__':

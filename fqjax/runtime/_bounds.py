@@ -11,6 +11,8 @@ FREE_ELEMENTS = 1 << 24
 GROWTH = 4096
 # Steps of one node's windows: every tap of a window is a pass over its results.
 _MOST_TAPS = 1 << 16
+# Taps times results of one node, as a multiple of the elements it may have.
+_MOST_WORK = 256
 
 
 def check(graph: Graph, limit: int | None = None) -> None:
@@ -46,8 +48,14 @@ def check(graph: Graph, limit: int | None = None) -> None:
         'the file.'
       )
     taps = _taps(graph, node)
-    if taps > _MOST_TAPS:
-      raise ValueError(f'{where}: a window of {taps} taps; at most {_MOST_TAPS} are run.')
+    if taps > max(_MOST_TAPS, most >> 8) or taps * sizes[0] > _MOST_WORK * most:
+      raise ValueError(
+        f'{where}: windows of {taps} taps for {sizes[0]} elements; `limit=` allows more if you trust '
+        'the file.'
+      )
+  returned = sum(_elements(graph.tensors[name].shape) for name in graph.outputs)
+  if returned > most:
+    raise ValueError(f'returns {returned} elements of at most {most}; `limit=` allows more.')
 
 
 def _elements(shape: dims.Shape) -> int:
@@ -73,7 +81,7 @@ def _between(graph: Graph, node: Node) -> list[int]:
     padding = node.attributes['padding']
   return [
     math.prod(
-      (size - 1) * gap + 1 + max(0, low) + max(0, high)
+      max(0, size - 1) * gap + min(size, 1) + max(0, low) + max(0, high)
       for size, gap, (low, high) in zip(shape, gaps, padding, strict=True)
     )
   ]

@@ -28,12 +28,19 @@ _PRELUDE = struct.Struct('<8sHBBIIIQ')
 _CRC_AT = 20
 # What deflate can make of a byte, and never more.
 _INFLATION = 1032
-# JSON deeper than anything this version writes; Python's own limit is an order higher.
-_DEPTH = 64
+# A header is text, and no text is worth more than this; small ones may be anything.
+_TEXT_INFLATION, _FREE_TEXT = 16, 1 << 20
+# JSON deeper, and numbers longer, than anything this version writes.
+_DEPTH, _DIGITS = 64, 20
+# An error is to be read.
+_LONGEST = 1000
 
 
 class ArtifactError(ValueError):
   """A file that is not a whole and undamaged artifact; says which section, where, and why."""
+
+  def __init__(self, text: str):
+    super().__init__(text if len(text) <= _LONGEST else f'{text[:_LONGEST]} ...')
 
 
 class Section(NamedTuple):
@@ -131,9 +138,12 @@ class File:
       raise ArtifactError(f'header at byte {_PRELUDE.size}: damaged, its checksum does not fit.')
     if packed > 1 or not alignment:
       raise ArtifactError(f'prelude at byte 10: packed {packed}, alignment {alignment}.')
+    if packed and raw > max(_FREE_TEXT, _TEXT_INFLATION * size):
+      raise ArtifactError(f'header at byte {_PRELUDE.size}: {size} bytes are no text of {raw}.')
     text = _inflate(head, raw, 'header', _PRELUDE.size) if packed else head.tobytes()
     self.header = _parse(text, raw)
     self.sections = self._locate(end, alignment)
+    self._read: set[int] = set()
 
   def _locate(self, end: int, alignment: int) -> tuple[Section, ...]:
     listed = self.header.get('sections')
@@ -145,7 +155,7 @@ class File:
       if not numbers or len(entry) not in (2, 3):
         raise ArtifactError(f'header: section {i} is {entry!r}, not [bytes, checksum].')
       start = end + -end % alignment
-      if self._data[end:start].any():
+      if start > end and self._data[end:start].any():
         raise ArtifactError(f'section {i}: the bytes {end} to {start} before it are not zero.')
       end = start + entry[0]
       if end > self._data.size:
@@ -158,21 +168,30 @@ class File:
       raise ArtifactError(f'end: {self._data.size - end} bytes at {end} belong to no section.')
     return tuple(found)
 
-  def read(self, index: int, what: str) -> np.ndarray:
+  def read(self, index: int, what: str, most: int | None = None) -> np.ndarray:
     """The bytes of a section, checked, as uint8; a view of the file where it is stored plainly.
 
     Args:
       index: of the section.
       what: is in it, for messages.
+      most: bytes it may be inflated to.
 
     Raises:
-      ArtifactError: a damaged section, or one there is not.
+      ArtifactError: a damaged section, one there is not, or one that was read before.
     """
     if type(index) is not int or not 0 <= index < len(self.sections):
       raise ArtifactError(
         f'header: {what} names section {index!r}; there are {len(self.sections)}.'
       )
+    if index in self._read:
+      raise ArtifactError(f'header: section {index} ({what}) holds something else already.')
+    self._read.add(index)
     section = self.sections[index]
+    if most is not None and section.inflated is not None and section.inflated > most:
+      raise ArtifactError(
+        f'section {index} ({what}) at byte {section.offset}: {section.inflated} bytes when inflated '
+        f'are more than the {most} it can need.'
+      )
     data = self._data[section.offset : section.offset + section.size]
     if zlib.crc32(data.data) != section.checksum:
       raise ArtifactError(
@@ -183,12 +202,18 @@ class File:
     text = _inflate(data, section.inflated, f'section {index} ({what})', section.offset)
     return np.frombuffer(text, np.uint8)
 
+  def finish(self) -> None:
+    """Refuses sections that nothing has read: nobody knows whether they are damaged."""
+    if unread := set(range(len(self.sections))) - self._read:
+      raise ArtifactError(f'section {min(unread)}: no array is in it.')
 
-def open_file(path: str | os.PathLike) -> File:
-  """Maps a file into memory and checks its header.
+
+def open_file(path: str | os.PathLike, mmap: bool = True) -> File:
+  """Maps a file into memory, or reads it, and checks its header.
 
   Args:
     path: of the file.
+    mmap: map it.
 
   Raises:
     ArtifactError: naming the file, the section and the byte.
@@ -196,9 +221,9 @@ def open_file(path: str | os.PathLike) -> File:
   """
   name = os.fspath(path)
   try:
-    empty = os.path.getsize(name) == 0
-    data = np.zeros(0, np.uint8) if empty else np.memmap(name, np.uint8, 'r')
-    return File(np.asarray(data))
+    if mmap and os.path.getsize(name):  # nothing cannot be mapped
+      return File(np.asarray(np.memmap(name, np.uint8, 'r')))
+    return File(np.fromfile(name, np.uint8))
   except ArtifactError as error:
     raise ArtifactError(f'{name}: {error}') from None
 
@@ -235,19 +260,36 @@ def _parse(text: bytes, size: int) -> dict[str, Any]:
       raise ArtifactError(f'{at}: {word} is not a finite number.')
     return number
 
-  codes = np.frombuffer(text, np.uint8)
-  # Brackets inside of strings count too: that many belong to no header.
-  steps = np.isin(codes, [*b'[{']).astype(np.int8) - np.isin(codes, [*b']}']).astype(np.int8)
-  if np.cumsum(steps, dtype=np.int64).max(initial=0) > _DEPTH:
-    raise ArtifactError(f'{at}: is nested more than {_DEPTH} deep.')
+  def whole(word):
+    # Python has no largest integer, and everything done with a long one takes long.
+    if len(word) > _DIGITS:
+      raise ArtifactError(f'{at}: {word[:20]}... is a number of {len(word)} digits.')
+    return int(word)
+
   try:
     header = json.loads(
-      text.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+      text.decode(),
+      object_pairs_hook=unique,
+      parse_float=finite,
+      parse_int=whole,
+      parse_constant=finite,
     )
   except ArtifactError:
     raise
-  except (ValueError, RecursionError) as error:
+  except RecursionError:
+    raise ArtifactError(f'{at}: is nested more than {_DEPTH} deep.') from None
+  except ValueError as error:
     raise ArtifactError(f'{at}: is not JSON: {error}.') from None
   if not isinstance(header, dict):
     raise ArtifactError(f'{at}: is not a JSON object.')
+  level: list[Any] = [header]
+  for _ in range(_DEPTH):
+    level = [
+      inner
+      for outer in level
+      if isinstance(outer, dict | list)
+      for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]
+  if level:
+    raise ArtifactError(f'{at}: is nested more than {_DEPTH} deep.')
   return header

@@ -12,6 +12,7 @@ hold arrays: a number is a leaf, [..] a list or, as {'tuple': [..]}, a tuple; {'
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import keyword
 from typing import Any
 
@@ -65,7 +66,7 @@ def graph_from_json(
   Raises:
     ArtifactError: naming node and operation.
   """
-  if version != graph_lib.VERSION:
+  if type(version) is not int or version != graph_lib.VERSION:
     raise ArtifactError(
       f'header: the file uses version {version!r} of the operations, this fqjax runs '
       f'{graph_lib.VERSION}; {"update fqjax" if _newer(version) else "export it again"}.'
@@ -105,6 +106,8 @@ def _parts(entry: Any) -> tuple[list, list, list, list]:
   keys = ('inputs', 'constants', 'nodes', 'outputs')
   if not isinstance(entry, dict) or not all(isinstance(entry.get(key), list) for key in keys):
     raise ArtifactError(f'header: a graph must have the lists {", ".join(keys)}.')
+  if unknown := set(entry) - {*keys, 'takes', 'returns'}:
+    raise ArtifactError(f'header: unknown entry {min(unknown)!r} of a graph.')
   inputs, constants, nodes, outputs = (entry[key] for key in keys)
   if not all(isinstance(name, str) for name in constants):
     raise ArtifactError('header: constants must be names.')
@@ -197,29 +200,46 @@ def build(tree: Any, leaf: Callable[[int], Any], what: str) -> Any:
 def _named(name: Any, fields: Any, leaf: Callable[[int], Any], what: str) -> Any:
   words = [name, *fields] if isinstance(fields, dict) else [None]
   usable = [
-    isinstance(w, str) and w.isidentifier() and not keyword.iskeyword(w) and w[0] != '_'
+    isinstance(w, str)
+    and w.isascii()
+    and w.isidentifier()
+    and not keyword.iskeyword(w)
+    and w[0] != '_'
     for w in words
   ]
   if not all(usable):
     raise ArtifactError(f'header: {name!r} in the tree of {what} is no named tuple.')
-  # The same names as the exporter's own type; only a name is taken from the file, no code.
-  kind = collections.namedtuple(name, list(fields))
-  return kind(*(build(x, leaf, what) for x in fields.values()))
+  return _named_type(name, tuple(fields))(*(build(x, leaf, what) for x in fields.values()))
 
 
-def leaves_of(tree: Any, value: Any, what: str) -> list[Any]:
-  """The leaves of a caller's containers, in the order of their numbers.
+@functools.lru_cache(256)
+def _named_type(name: str, fields: tuple[str, ...]) -> Any:
+  # The names of the exporter's own type; nothing but names is taken from the file. One type for all
+  # calls, or results of two calls would be of different structures.
+  return collections.namedtuple(name, fields)
+
+
+def leaves_of(takes: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+  """The leaves of a caller's arguments, in the order of their numbers.
 
   Args:
-    tree: of the header.
-    value: like it: dicts of the same keys, sequences of the same length.
-    what: they are, for messages.
+    takes: tree of the header: a tuple of the arguments by position and a dict of those by name.
+    args: like it: dicts of the same keys, sequences of the same length.
+    kwargs: likewise.
 
   Raises:
-    ValueError: containers of another structure.
+    ValueError: other arguments, or containers of another structure.
   """
   found: dict[int, Any] = {}
-  _match(tree, value, what, found)
+  by_position, by_name = takes['tuple']
+  wanted = by_position['tuple']
+  if len(args) != len(wanted):
+    raise ValueError(
+      f'takes {len(wanted)} argument{"s" * (len(wanted) != 1)} by position, got {len(args)}.'
+    )
+  for i, (tree, value) in enumerate(zip(wanted, args, strict=True)):
+    _match(tree, value, f'argument {i}', found)
+  _match(by_name, dict(kwargs), 'the arguments by name', found)
   return [found[i] for i in sorted(found)]
 
 
@@ -237,7 +257,7 @@ def _match(tree: Any, value: Any, where: str, found: dict[int, Any]) -> None:
     return
   kind, inner = _kind(tree)
   if kind == 'value':
-    if value != inner:
+    if not isinstance(value, bool | int | float | str) or value != inner:
       raise ValueError(f'{where} was fixed to {inner!r} when the network was exported.')
     return
   if kind in ('dict', 'named'):
@@ -245,7 +265,7 @@ def _match(tree: Any, value: Any, where: str, found: dict[int, Any]) -> None:
     parts = value if isinstance(value, dict) else getattr(value, '_asdict', lambda: None)()
     if not isinstance(parts, dict) or set(parts) != set(inner):
       got = ', '.join(map(str, parts)) if isinstance(parts, dict) else type(value).__name__
-      raise ValueError(f'{where} must have {", ".join(inner)}; got {got}.')
+      raise ValueError(f'{where} must have {", ".join(inner) or "none"}; got {got or "none"}.')
     for key, x in inner.items():
       _match(x, parts[key], f'{where}[{key!r}]', found)
     return

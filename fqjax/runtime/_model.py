@@ -90,7 +90,7 @@ class Model:
     problems = []
     for signature in self.signatures:
       try:
-        leaves = _header.leaves_of(signature.takes, (args, kwargs), 'the arguments')
+        leaves = _header.leaves_of(signature.takes, args, kwargs)
         arrays = [np.asarray(leaf) for leaf in leaves]
         _fit(signature.graph, arrays)
       except ValueError as error:
@@ -114,7 +114,7 @@ class Model:
     return '\n'.join(lines)
 
 
-def load(path: str | os.PathLike, *, limit: int | None = None) -> Model:
+def load(path: str | os.PathLike, *, limit: int | None = None, mmap: bool = True) -> Model:
   """Opens an artifact.
 
   Weights that are stored plainly stay in the file until they are used (it is mapped into memory);
@@ -124,6 +124,9 @@ def load(path: str | os.PathLike, *, limit: int | None = None) -> Model:
     path: of the file.
     limit: elements that the arrays may have together, and a tensor on its own; what is allowed by
       default grows with the file (docs/format.md). Raise it for a file you trust.
+    mmap: leave plainly stored weights in the file, mapped into memory. Then nobody may write into
+      it while the model lives (`Artifact.save` does not: it puts another file in its place, which
+      Windows refuses). False reads the file and is done with it.
 
   Returns:
     The model.
@@ -133,7 +136,7 @@ def load(path: str | os.PathLike, *, limit: int | None = None) -> Model:
       justifies; naming the file, the section and the byte.
     OSError: it cannot be opened.
   """
-  file = open_file(path)
+  file = open_file(path, mmap)
   try:
     return read(file, limit)
   except ArtifactError as error:
@@ -172,11 +175,16 @@ def read(file: File, limit: int | None = None) -> Model:
     takes, returns = entry.get('takes'), entry.get('returns')
     _header.check_tree(takes, len(graph.inputs), 'arguments')
     _header.check_tree(returns, len(graph.outputs), 'results')
-    both = takes['tuple'] if isinstance(takes, dict) and 'tuple' in takes else None
-    if not isinstance(both, list) or len(both) != 2:
+    kinds = [list(x)[:1] for x in takes['tuple']] if _is_tuple(takes) else []
+    if kinds != [['tuple'], ['dict']]:
       raise ArtifactError('header: a graph takes a tuple of (arguments, named arguments).')
     signatures.append(Signature(graph, takes, returns))
   return Model(signatures, header)
+
+
+def _is_tuple(tree: Any) -> bool:
+  inner = tree.get('tuple') if isinstance(tree, dict) else None
+  return isinstance(inner, list) and all(isinstance(x, dict) for x in inner)
 
 
 def _check_texts(header: Mapping[str, Any]) -> None:

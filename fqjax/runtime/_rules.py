@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fqjax.runtime import dims
 from fqjax.runtime.dims import Dim, Shape
 
@@ -37,6 +39,36 @@ def broadcast_shapes(shapes: Sequence[Shape]) -> Shape:
 def elementwise(types: list[Type], _: Mapping[str, Any]) -> list[Type]:
   _same_dtype(types)
   return [(broadcast_shapes([shape for shape, _ in types]), types[0][1])]
+
+
+def of_floats(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  if 'float' not in types[0][1]:
+    raise ValueError(f'is a function of floats, got {types[0][1]}')
+  return elementwise(types, attributes)
+
+
+def of_numbers(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  if types[0][1] == 'bool':
+    raise ValueError('is a function of numbers, got bool')
+  return elementwise(types, attributes)
+
+
+def of_bits(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  if 'float' in types[0][1]:
+    raise ValueError(f'is a function of integers and bool, got {types[0][1]}')
+  return (elementwise if 'axes' not in attributes else reduce)(types, attributes)
+
+
+def clamp(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  dtype = types[0][1]
+  if dtype == 'bool':
+    raise ValueError('bool has no limits')
+  for limit in (attributes['low'], attributes['high']):
+    if 'float' not in dtype and limit is not None:
+      info = np.iinfo(dtype)
+      if limit != int(limit) or not info.min <= limit <= info.max:
+        raise ValueError(f'the limit {limit} is no {dtype}')
+  return elementwise(types, attributes)
 
 
 def power(types: list[Type], _: Mapping[str, Any]) -> list[Type]:
@@ -112,6 +144,8 @@ def top_k(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
 
 
 def iota(_: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  if attributes['dtype'] == 'bool':
+    raise ValueError('counts in numbers, not bool')
   _axis(attributes['axis'], len(attributes['shape']))
   return [(attributes['shape'], attributes['dtype'])]
 
@@ -207,6 +241,8 @@ def gather(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
     _axis(axis, len(shape))
   if any(sizes[axis] != 1 for axis in dropped):
     raise ValueError(f'axes {dropped} are dropped and must have size 1 in {_show(sizes)}')
+  if len(set(offset)) < len(offset):
+    raise ValueError(f'offset {offset} repeats an axis')
   if len(attributes['operand_batch']) != len(attributes['index_batch']):
     raise ValueError('operand_batch and index_batch name different numbers of axes')
   for axis, along in zip(attributes['operand_batch'], attributes['index_batch'], strict=True):

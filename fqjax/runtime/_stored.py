@@ -28,6 +28,8 @@ from fqjax.runtime.codecs._container import Bits
 # Elements every file may stand for, and how many more for every byte it has.
 FREE_ELEMENTS = 1 << 24
 ELEMENTS_PER_BYTE = 1024
+# Entries along one axis.
+_LONGEST = 1 << 31
 _KEYS = {
   'name', 'shape', 'dtype', 'form', 'at', 'shift', 'upper', 'order', 'levels', 'scales', 'axis',
 }  # fmt: skip
@@ -128,6 +130,7 @@ def read_arrays(file: File, limit: int | None = None) -> dict[str, np.ndarray]:
         'justifies; `limit=` allows more if you trust it.'
       )
     found[name] = _read(file, entry, name, shape)
+  file.finish()
   return found
 
 
@@ -139,7 +142,7 @@ def _check(entry: Any, i: int) -> tuple[str, tuple[int, ...]]:
     raise ArtifactError(f'header: array {i} has the name {name!r}.')
   if unknown := set(entry) - _KEYS:
     raise ArtifactError(f'array {name!r}: unknown entry {min(unknown)!r}.')
-  if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+  if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < _LONGEST for n in shape):
     raise ArtifactError(f'array {name!r}: shape {shape!r} is not a list of sizes.')
   if len(shape) > 32:
     raise ArtifactError(f'array {name!r}: has {len(shape)} axes, at most 32 are possible.')
@@ -177,9 +180,10 @@ def _places(
   file: File, entry: Mapping[str, Any], name: str, shape: list[int], dtype: np.dtype
 ) -> np.ndarray:
   """What is stored, in the order of the file."""
-  form, data = entry['form'], file.read(entry['at'], f'array {name!r}')
+  form, count = entry['form'], math.prod(shape)
+  # No form needs more for an element: a value of eight bytes, its place, a pointer.
+  data = file.read(entry['at'], f'array {name!r}', 4096 + 64 * count)
   where = f'section {entry["at"]} (array {name!r}) at byte {file.sections[entry["at"]].offset}'
-  count = math.prod(shape)
   if form == 'raw':
     if {'levels', 'scales', 'shift', 'upper'} & set(entry):
       raise ArtifactError(f'{where}: raw values take no table.')
@@ -228,7 +232,9 @@ def _axis(entry: Mapping[str, Any], name: str, rank: int) -> int:
 
 
 def _table(file: File, index: Any, what: str, dtype: np.dtype, rows: int) -> np.ndarray:
-  data = file.read(index, what)
+  if dtype.kind not in 'fiu':
+    raise ArtifactError(f'header: {what}: a table of {dtype} is none.')
+  data = file.read(index, what, rows * 256 * dtype.itemsize)
   if rows == 0 or data.size % (rows * dtype.itemsize) or not data.size:
     raise ArtifactError(
       f'section {index} ({what}) at byte {file.sections[index].offset}: {data.size} bytes are not '

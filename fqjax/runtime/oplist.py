@@ -90,6 +90,7 @@ KINDS: Mapping[str, Callable[[Any], bool]] = {
   'a whole number': _is_int,
   'True or False': lambda v: isinstance(v, bool),
   'a number': _is_number,
+  'a number > 0': lambda v: _is_number(v) and v > 0,
   'a number or None': lambda v: v is None or _is_number(v),
   'numbers': lambda v: isinstance(v, tuple) and all(map(_is_number, v)),
   'a u8 value': lambda v: _is_int(v) and 0 <= v <= 255,
@@ -136,19 +137,25 @@ _STORED = {'zero': _U8, 'low': _U8, 'high': _U8}
 _JOINED = {'input_zeros': 'u8 values', 'multipliers': 'numbers', **_STORED}
 
 OPS: Mapping[str, Op] = {
-  **dict.fromkeys(UNARY, Op(1, {}, _rules.elementwise)),
+  **dict.fromkeys(UNARY, Op(1, {}, _rules.of_floats)),
+  **dict.fromkeys(('neg', 'abs', 'sign', 'square'), Op(1, {}, _rules.of_numbers)),
+  'not': Op(1, {}, _rules.of_bits),
   **dict.fromkeys(BINARY, Op(2, {}, _rules.elementwise)),
+  **dict.fromkeys(('sub', 'div', 'rem'), Op(2, {}, _rules.of_numbers)),
+  'atan2': Op(2, {}, _rules.of_floats),
+  **dict.fromkeys(('and', 'or', 'xor'), Op(2, {}, _rules.of_bits)),
   **dict.fromkeys(COMPARE, Op(2, {}, _rules.compare)),
   'pow': Op(2, {}, _rules.power),
-  'integer_pow': Op(1, {'exponent': _INT}, _rules.elementwise),
-  'round': Op(1, {'halves': "'even' or 'away'"}, _rules.elementwise),
+  'integer_pow': Op(1, {'exponent': _INT}, _rules.of_numbers),
+  'round': Op(1, {'halves': "'even' or 'away'"}, _rules.of_floats),
   'is_finite': Op(1, {}, _rules.compare),
   # max with low, then min with high; None is no limit
-  'clamp': Op(1, {'low': 'a number or None', 'high': 'a number or None'}, _rules.elementwise),
+  'clamp': Op(1, {'low': 'a number or None', 'high': 'a number or None'}, _rules.clamp),
   # inputs: which, where False, where True
   'select': Op(3, {}, _rules.select),
   'cast': Op(1, {'dtype': _DTYPE}, _rules.cast),
   **dict.fromkeys(REDUCE, Op(1, {'axes': _INTS}, _rules.reduce)),
+  **dict.fromkeys(('reduce_and', 'reduce_or'), Op(1, {'axes': _INTS}, _rules.of_bits)),
   **dict.fromkeys(('argmax', 'argmin'), Op(1, {'axis': _INT, 'dtype': _DTYPE}, _rules.arg_reduce)),
   **dict.fromkeys(CUMULATIVE, Op(1, {'axis': _INT, 'reverse': 'True or False'}, _rules.same)),
   'sort': Op(None, {'axis': _INT, 'keys': _INT}, _rules.sort),
@@ -201,8 +208,8 @@ OPS: Mapping[str, Op] = {
     {'contract': _AXES, 'batch': _AXES, 'dtype': _DTYPE, 'precision': 'a precision'},
     _rules.dot,
   ),
-  'quantize': Op(1, {'scale': _NUMBER, 'zero': _U8}, _rules.quantize),
-  'dequantize': Op(1, {'scale': _NUMBER, 'zero': _U8}, _rules.dequantize),
+  'quantize': Op(1, {'scale': 'a number > 0', 'zero': _U8}, _rules.quantize),
+  'dequantize': Op(1, {'scale': 'a number > 0', 'zero': _U8}, _rules.dequantize),
   # inputs: uint8, weights, bias, multipliers
   'qconv': Op(
     4,

@@ -127,6 +127,16 @@ def test_quantized_is_recognized():
   assert _encode.has_levels(normal(8)[RNG.integers(0, 8, (64, 64))], 'IO')
   assert not _encode.has_levels(normal(64, 64), 'IO')
   assert not _encode.has_levels(sparse(normal(64, 64), 0.1), 'IO')
+  # One weight is a step of itself, which says nothing.
+  assert not _encode.has_levels(normal(1, 64), 'IO')
+  assert not _encode.has_levels(normal(1, 1, 1, 64), 'HWIO')
+
+
+def test_byte_orders_are_ours():
+  big = normal(8, 8).astype('>f4')
+  stored = encode('w', big)
+  assert stored.dtype == 'float32'
+  np.testing.assert_array_equal(back(stored), big)
 
 
 def tamper(stored, **changes):
@@ -155,7 +165,7 @@ LEVELS = normal(16)[np.arange(4096).reshape(64, 64) % 16]
     ({'order': [1, True]}, 'does not order'),
     ({'axis': 5}, 'axis 5 is not'),
     ({'axis': 0}, 'rows of'),
-    ({'levels': 0}, 'not 1 rows|levels'),
+    ({'levels': 0}, 'something else already'),
     ({'scales': 1}, 'one of them is possible'),
     ({'shift': 2}, 'one lower'),
     ({'upper': 1}, 'upper halves'),

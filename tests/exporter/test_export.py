@@ -164,7 +164,7 @@ def test_four_bits_stay_four_bits_behind_batch_norm():
     assert stored.bytes <= np.prod(stored.shape) / 2 + 64 + 40
   x = normal(2, 32, 32, 3)
   assert error(artifact(x), model.apply(variables, x)) < 1e-5
-  assert '4-bit' not in artifact.report()
+  assert artifact.report().count('levels') == 19
 
 
 def test_four_bits_stay_few_integers():
@@ -182,7 +182,7 @@ def test_four_bits_stay_few_integers():
   assert len(kernels) == 19
   assert all(stored.levels is not None and stored.levels.size <= 9 for stored in kernels)
   x = normal(8, 32, 32, 3)
-  assert error(artifact(x), model.apply(variables, x)) < 0.1
+  assert error(artifact(x), model.apply(variables, x)) < 0.25
 
 
 @pytest.mark.parametrize('calibrated', [False, True])
@@ -229,6 +229,88 @@ def test_unused_channels_leave_with_size():
   assert sorted(a.shape for a in artifact.arrays) == [(6, 8), (8, 4)]
   x = normal(3, 6)
   assert error(artifact(x), network(params, x)) < 1e-5
+
+
+def normed(kernel_of):
+  """A convolution and batch norm; its kernel is made of the params."""
+
+  def network(params, x):
+    y = jax.lax.conv_general_dilated(
+      x, kernel_of(params), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    return y * params['gain'][None, None, None] + params['shift'][None, None, None]
+
+  return network
+
+
+@pytest.mark.parametrize('case', ['plain', 'masked', 'masked inside', 'transposed inside'])
+def test_levels_are_seen_before_batch_norm_hides_them(case):
+  levels = np.float32([-1, -0.4, 0.3, 0.9])
+  w = levels[RNG.integers(0, 4, (3, 3, 8, 16))]
+  mask = (RNG.random(w.shape) < 0.5).astype(np.float32)
+  params = {'w': w, 'm': mask, 'gain': np.abs(normal(16)) + 1, 'shift': normal(16)}
+  kernel_of = lambda p: p['w']
+  if case == 'masked':
+    params['w'] = w * mask  # with -0.0
+  elif case == 'masked inside':
+    kernel_of = lambda p: p['w'] * p['m']
+  elif case == 'transposed inside':
+    params['w'] = w.transpose(3, 2, 0, 1)
+    kernel_of = lambda p: p['w'].transpose(2, 3, 1, 0)
+  network = normed(kernel_of)
+  artifact = fqjax.export(network, params, jnp.zeros((1, 8, 8, 8)))
+  [kernel] = [a for a in artifact.arrays if np.prod(a.shape) == w.size]
+  assert kernel.levels is not None and kernel.levels.ndim == 1, kernel.form
+  assert kernel.bytes < 450
+  x = normal(2, 8, 8, 8)
+  assert error(artifact(x), network(params, x)) < 1e-5
+
+
+def test_channels_with_levels_of_their_own_keep_them_as_integers():
+  gains = np.geomspace(0.01, 1, 16).astype(np.float32)
+  w = np.float32([-1, -0.4, 0.3, 0.9])[RNG.integers(0, 4, (3, 3, 8, 16))] * gains
+  network = normed(lambda p: p['w'])
+  params = {'w': w, 'gain': 1 / gains, 'shift': normal(16)}
+  x = normal(4, 8, 8, 8)
+  artifact = fqjax.export(network, params, x, precision='int8', ranges=[x])
+  # Every channel has its own scale: none is lost among the steps of a larger one.
+  y, y0 = artifact(x), np.asarray(network(params, x))
+  errors = np.abs(y - y0).max((0, 1, 2)) / np.abs(y0).max((0, 1, 2))
+  assert errors.max() < 0.1
+
+
+@pytest.mark.parametrize('options', [{'optimize': 'size'}, {'precision': 'int8'}])
+def test_several_sizes_go_with_everything(options):
+  conv = nn.Conv(4, (3, 3))
+  variables, _ = started(conv, 1, 8, 8, 3)
+  sizes = [jax.ShapeDtypeStruct((1, s, s, 3), jnp.float32) for s in (8, 16)]
+  if 'precision' in options:
+    options = {**options, 'ranges': (normal(2, s, s, 3) for s in (8, 16))}
+  artifact = fqjax.export(conv.apply, variables, sizes, **options)
+  for size in (8, 16):
+    x = normal(2, size, size, 3)
+    assert error(artifact(x), conv.apply(variables, x)) < 0.3
+  with pytest.raises(ValueError, match='no batch of ranges= is of the shape'):
+    fqjax.export(conv.apply, variables, sizes, precision='int8', ranges=[normal(2, 8, 8, 3)])
+
+
+def test_batches_of_ranges_are_like_the_example():
+  network = lambda p, x, *, twice: (2 if twice else 1) * x @ p
+  call = lambda batch: Call(normal(batch, 3), twice=True)
+  artifact = fqjax.export(network, normal(3, 2), call(1), precision='int8', ranges=[call(8)])
+  assert artifact(normal(2, 3), twice=True).shape == (2, 2)
+  with pytest.raises(ValueError, match='another structure than the example'):
+    fqjax.export(network, normal(3, 2), call(1), precision='int8', ranges=[normal(8, 3)])
+
+
+class _Private(NamedTuple):
+  y: jax.Array
+
+
+def test_private_named_tuples_lose_their_underscore():
+  artifact = fqjax.export(lambda p, x: _Private(x @ p), normal(3, 2), jnp.zeros((1, 3)))
+  first, second = artifact(normal(1, 3)), artifact(normal(1, 3))
+  assert type(first) is type(second) and type(first).__name__ == 'Private'
 
 
 def test_weights_masked_by_multiplication_are_zeros():

@@ -86,7 +86,8 @@ def rewritten(text: bytes, *, sections=b'', raw=None, packed=False):
     (b'{"a":1e999}', 'not a finite number'),
     (b'{"a":NaN}', 'not a finite number'),
     (b'{"a":' + b'[' * 5000 + b']' * 5000 + b'}', 'nested'),
-    (b'{"a":' + b'9' * 5000 + b'}', 'not JSON'),
+    (b'{"a":' + b'[' * 70 + b']' * 70 + b'}', 'nested'),
+    (b'{"a":' + b'9' * 5000 + b'}', '5000 digits'),
     (b'{}', 'sections must be a list'),
     (b'{"sections":[[1]]}', r'not \[bytes, checksum\]'),
     (b'{"sections":[[-1,0]]}', r'not \[bytes, checksum\]'),
@@ -100,8 +101,16 @@ def test_crafted_headers(text, message):
 
 def test_bombs_are_not_inflated():
   bomb = zlib.compress(bytes(1 << 24), 9)
-  with pytest.raises(ArtifactError, match='nothing does'):
+  with pytest.raises(ArtifactError, match='no text of'):
     opened(rewritten(b'{}', raw=1 << 30, packed=True))
+  with pytest.raises(ArtifactError, match='no text of'):
+    opened(rewritten(b' ' * (1 << 21) + b'{}', packed=True))
+  text = json.dumps({'sections': [[len(bomb), zlib.crc32(bomb), 1 << 30]]}).encode()
+  with pytest.raises(ArtifactError, match='nothing does'):
+    opened(rewritten(text, sections=bomb)).read(0, 'it')
+  text = json.dumps({'sections': [[len(bomb), zlib.crc32(bomb), 1 << 24]]}).encode()
+  with pytest.raises(ArtifactError, match='more than the 1000 it can need'):
+    opened(rewritten(text, sections=bomb)).read(0, 'it', 1000)
   text = json.dumps({'sections': [[len(bomb), zlib.crc32(bomb), 100]]}).encode()
   with pytest.raises(ArtifactError, match='does not inflate to the 100 bytes'):
     opened(rewritten(text, sections=bomb)).read(0, 'it')
@@ -113,6 +122,23 @@ def test_nothing_hides_between_sections():
   data[file.sections[0].offset + 10] = 7
   with pytest.raises(ArtifactError, match='not zero'):
     opened(bytes(data))
+
+
+def test_a_section_holds_one_thing_and_all_are_read():
+  file = opened(_file.pack({}, [b'abc', b'd']))
+  file.read(0, 'one')
+  with pytest.raises(ArtifactError, match=r'section 0 \(two\) holds something else'):
+    file.read(0, 'two')
+  with pytest.raises(ArtifactError, match='section 1: no array'):
+    file.finish()
+
+
+def test_brackets_in_texts_are_no_nesting_and_errors_stay_short():
+  labels = ['[unused'] * 100 + [']' * 100]
+  assert opened(_file.pack({'labels': labels}, [])).header['labels'] == labels
+  with pytest.raises(ArtifactError) as caught:
+    opened(rewritten(json.dumps({'sections': [['x' * 10**6]]}).encode()))
+  assert len(str(caught.value)) < 1100
 
 
 def test_errors_name_the_file(tmp_path):

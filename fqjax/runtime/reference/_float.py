@@ -39,7 +39,7 @@ def _erf(x) -> np.ndarray:
 
 def _conv(x, w, *, layout, dtype, precision, **window) -> np.ndarray:
   out = _windows.conv(x.astype(dtype), w.astype(dtype), layout=layout, **window)
-  return _windows.to_layout(out, layout[2])
+  return _windows.to_layout(out, layout)
 
 
 def _dot(a, b, contract, batch, dtype, precision) -> np.ndarray:
@@ -92,18 +92,44 @@ def _gather(
 
 
 def _div(a, b) -> np.ndarray:
-  if a.dtype.kind in 'iu':  # towards zero
-    return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype)
-  return a / b
+  if a.dtype.kind not in 'iu':
+    return a / b
+  # Towards zero; by zero what XLA gives: -1, all bits on.
+  quotient, rest = np.divmod(a, b)
+  towards = (quotient + ((rest != 0) & (quotient < 0))).astype(a.dtype)
+  return np.where(b == 0, np.asarray(-1).astype(a.dtype), towards)
+
+
+def _rem(a, b) -> np.ndarray:
+  result = np.fmod(a, b)
+  return result if a.dtype.kind == 'f' else np.where(b == 0, a, result)
+
+
+def _sign(x) -> np.ndarray:
+  return np.where(x == 0, x, np.sign(x))  # zeros keep their own
 
 
 def _round(x, halves) -> np.ndarray:
-  return np.rint(x) if halves == 'even' else np.copysign(np.floor(np.abs(x) + x.dtype.type(0.5)), x)
+  if halves == 'even':
+    return np.rint(x)
+  whole = np.trunc(x)
+  return np.copysign(whole + np.copysign((np.abs(x - whole) >= 0.5).astype(x.dtype), x), x)
 
 
 def _clamp(x, low, high) -> np.ndarray:
   x = x if low is None else np.maximum(x, x.dtype.type(low))
   return x if high is None else np.minimum(x, x.dtype.type(high))
+
+
+def _sum(x, axes) -> np.ndarray:
+  # NumPy adds pairwise along the last axis only; a mean over an image would lose two digits.
+  wide = np.float64 if x.dtype.kind == 'f' else x.dtype
+  return np.add.reduce(x, axis=tuple(axes), dtype=wide).astype(x.dtype)
+
+
+def _pool_sum(x, **window) -> np.ndarray:
+  wide = np.float64 if x.dtype.kind == 'f' and math.prod(window['window']) > 64 else x.dtype
+  return _windows.pool(x.astype(wide), np.add, 0, **window).astype(x.dtype)
 
 
 def _reducer(fn: np.ufunc) -> Callable:
@@ -156,6 +182,8 @@ def _pad(x, value, padding, interior) -> np.ndarray:
 
 
 def _iota(shape, dtype, axis) -> np.ndarray:
+  if not math.prod(shape):
+    return np.zeros(shape, dtype)
   row = np.arange(shape[axis], dtype=dtype).reshape(
     [-1 if i == axis else 1 for i in range(len(shape))]
   )
@@ -172,11 +200,11 @@ def _spread(x, shape, axes) -> np.ndarray:
 _NAMES = {
   'neg': 'negative', 'acos': 'arccos', 'asin': 'arcsin', 'atan': 'arctan', 'atan2': 'arctan2',
   'acosh': 'arccosh', 'asinh': 'arcsinh', 'atanh': 'arctanh', 'not': 'invert', 'sub': 'subtract',
-  'mul': 'multiply', 'max': 'maximum', 'min': 'minimum', 'rem': 'fmod', 'and': 'bitwise_and',
+  'mul': 'multiply', 'max': 'maximum', 'min': 'minimum', 'and': 'bitwise_and',
   'or': 'bitwise_or', 'xor': 'bitwise_xor', 'eq': 'equal', 'ne': 'not_equal', 'lt': 'less',
   'le': 'less_equal', 'gt': 'greater', 'ge': 'greater_equal',
 }  # fmt: skip
-_OTHERS = ('div', 'rsqrt', 'logistic', 'erf', 'erfc')
+_OTHERS = ('div', 'rem', 'sign', 'rsqrt', 'logistic', 'erf', 'erfc')
 
 FLOAT: Mapping[str, Callable] = {
   **{
@@ -185,6 +213,8 @@ FLOAT: Mapping[str, Callable] = {
     if op not in _OTHERS
   },
   'div': _div,
+  'rem': _rem,
+  'sign': _sign,
   'rsqrt': lambda x: x.dtype.type(1) / np.sqrt(x),
   'logistic': lambda x: x.dtype.type(1) / (x.dtype.type(1) + np.exp(-x)),
   'erf': lambda x: _erf(x).astype(x.dtype),
@@ -196,7 +226,7 @@ FLOAT: Mapping[str, Callable] = {
   'clamp': _clamp,
   'select': lambda which, no, yes: np.where(which, yes, no),
   'cast': lambda x, dtype: x.astype(dtype),
-  'reduce_sum': _reducer(np.add),
+  'reduce_sum': _sum,
   'reduce_max': _reducer(np.maximum),
   'reduce_min': _reducer(np.minimum),
   'reduce_prod': _reducer(np.multiply),
@@ -223,7 +253,7 @@ FLOAT: Mapping[str, Callable] = {
   'gather': _gather,
   'pool_max': _pool(np.maximum, lambda dtype: _end(dtype, -1)),
   'pool_min': _pool(np.minimum, lambda dtype: _end(dtype, 1)),
-  'pool_sum': _pool(np.add, lambda _: 0),
+  'pool_sum': _pool_sum,
   'conv': _conv,
   'dot': _dot,
 }

@@ -38,14 +38,15 @@ def quantize(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
     zero: the integer that stands for 0.
 
   Raises:
-    ValueError: a value is NaN.
+    ValueError: a value is NaN or an infinity.
 
   Example:
     >>> quantize(np.float32([-9, 0, 0.5, 1.5, 300]), 1.0, 3)
     array([  0,   3,   3,   5, 255], dtype=uint8)
   """
-  if np.isnan(x).any():
-    raise ValueError(f'NaN in {np.count_nonzero(np.isnan(x))} of {x.size} values to quantize.')
+  if not np.isfinite(x).all():
+    what = 'NaN' if np.isnan(x).any() else 'an infinity'
+    raise ValueError(f'{what} among the {x.size} values to quantize.')
   return _store(x.astype(np.float32) / np.float32(scale), zero, 0, 255)
 
 
@@ -92,7 +93,7 @@ def qconv(x, w, bias, multiplier, *, layout, input_zero, zero, low, high, **wind
     _centred(x, input_zero, dtype), w.astype(dtype), layout=layout, **window
   ).astype(np.int32)
   acc += bias
-  return _windows.to_layout(requantize(acc, multiplier, zero, low, high), layout[2])
+  return _windows.to_layout(requantize(acc, multiplier, zero, low, high), layout)
 
 
 def qdot(x, w, bias, multiplier, *, input_zero, zero, low, high) -> np.ndarray:

@@ -54,7 +54,8 @@ def run(
   for i, node in enumerate(graph.nodes):
     try:
       results = run_node(node, [values[name] for name in node.inputs], batch)
-    except ValueError as error:
+      _check(graph, node, results, batch)
+    except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
       where = f' ({node.scope})' if node.scope else ''
       raise ValueError(f'node {i}, {node.op}{where}: {error}') from error
     values |= zip(node.outputs, results, strict=True)
@@ -62,6 +63,14 @@ def run(
       if last[name] == i:
         del values[name]
   return tuple(values[name] for name in graph.outputs)
+
+
+def _check(graph: Graph, node: Node, results: Sequence[np.ndarray], batch: int | None) -> None:
+  """Nothing goes on with another shape or type than the graph says."""
+  for name, result in zip(node.outputs, results, strict=True):
+    tensor = graph.tensors[name]
+    if result.shape != dims.bind(tensor.shape, batch) or str(result.dtype) != tensor.dtype:
+      raise ValueError(f'made {result.dtype}{list(result.shape)} where {tensor} should be.')
 
 
 def run_node(

@@ -73,34 +73,39 @@ def _depthwise(x, w, strides, dilation, out) -> None:
 
 
 def _by_matrices(x, w, strides, dilation, groups, out) -> None:
-  """Rows of the result, some at a time: the windows they need as a matrix, times the kernel.
+  """Part of the result at a time: the windows it needs as a matrix, times the kernel.
 
-  The rows of an image fall into the same tiles wherever it stands in a batch.
+  An image falls into the same parts wherever it stands in a batch.
   """
   *taps, inputs, outputs = w.shape
   depth = int(np.prod(taps)) * inputs
   # [groups, taps * inputs, outputs of the group]
   kernel = w.reshape(depth, groups, -1).transpose(1, 0, 2)
   if all(n == 1 for n in (*taps, *strides)) and groups == 1:
-    np.matmul(x.reshape(-1, inputs), kernel[0], out=out.reshape(-1, outputs))
+    for image, result in zip(x, out, strict=True):
+      np.matmul(image.reshape(-1, inputs), kernel[0], out=result.reshape(-1, outputs))
     return
   windows = _windows(x, taps, strides, dilation, out.shape[1:-1])
-  height, *rest = out.shape[1:-1]
+  # Parts are slices of the longest axis.
+  longest = 1 + int(np.argmax(out.shape[1:-1]))
+  windows, results = np.moveaxis(windows, longest, 1), np.moveaxis(out, longest, 1)
+  length, *rest = results.shape[1:-1]
   across = int(np.prod(rest))
-  tile = min(height, max(1, _TILE // (across * depth * groups)))
+  tile = min(length, max(1, _TILE // (across * depth * groups)))
   matrix = np.empty((groups, tile * across, depth), x.dtype)
-  for image, result in zip(windows, out, strict=True):
-    for start in range(0, height, tile):
+  for image, result in zip(windows, results, strict=True):
+    for start in range(0, length, tile):
       part = image[start : start + tile]  # [rows, ..., taps..., c]
       rows = len(part) * across
       split = part.reshape(*part.shape[:-1], groups, inputs) if groups > 1 else part[..., None, :]
       ordered = np.moveaxis(split, -2, 0)
       np.copyto(matrix[:, :rows].reshape(ordered.shape), ordered)
-      target = result[start : start + tile].reshape(rows, groups, -1)
-      if groups == 1:
-        np.matmul(matrix[0, :rows], kernel[0], out=target[:, 0])
+      target = result[start : start + tile]
+      if groups == 1 and target.flags.c_contiguous:
+        np.matmul(matrix[0, :rows], kernel[0], out=target.reshape(rows, -1))
       else:
-        target[:] = (matrix[:, :rows] @ kernel).transpose(1, 0, 2)
+        product = (matrix[:, :rows] @ kernel).transpose(1, 0, 2)
+        target[:] = product.reshape(target.shape)
 
 
 def _windows(x, taps, strides, dilation, sizes) -> np.ndarray:
@@ -116,10 +121,10 @@ def _windows(x, taps, strides, dilation, sizes) -> np.ndarray:
   )
 
 
-def to_layout(x: np.ndarray, layout: str) -> np.ndarray:
-  """Puts [n, spatial..., c] into an order of axes, 'NCHW' say; the spatial ones are in 'DHW'."""
-  spatial = [letter for letter in 'DHW' if letter in layout]
-  return x.transpose([('N', *spatial, 'C').index(letter) for letter in layout])
+def to_layout(x: np.ndarray, layout: Sequence[str]) -> np.ndarray:
+  """Puts the result of `conv` into the order of axes of `layout[2]`."""
+  order = ('N', *(letter for letter in layout[1] if letter not in 'OI'), 'C')
+  return x.transpose([order.index(letter) for letter in layout[2]])
 
 
 def pool(
@@ -190,4 +195,4 @@ def _spread(x: np.ndarray, padding: Sequence[Sequence[int]], gaps: Sequence[int]
 
 def _crop(size: int, padding: Sequence[int]) -> slice:
   """What negative padding leaves of an axis."""
-  return slice(max(0, -padding[0]), size - max(0, -padding[1]))
+  return slice(max(0, -padding[0]), max(0, size - max(0, -padding[1])))

@@ -128,7 +128,7 @@ def test_halves_go_to_even_and_clipping_comes_before_integers():
   ]
   # 2^24 + 1 is no float32: the sum is rounded to even before it is multiplied.
   assert reference.requantize(np.int32([2**24 + 1]), np.float32(2**-18), 0, 0, 255).tolist() == [64]
-  assert reference.quantize(np.float32([0.25, 0.75, 1.25, -0.25, np.inf]), 0.5, 7).tolist() == [
+  assert reference.quantize(np.float32([0.25, 0.75, 1.25, -0.25, 1e30]), 0.5, 7).tolist() == [
     7,
     9,
     9,
@@ -238,7 +238,7 @@ def test_what_is_wrong_is_said_with_its_place():
   x, y = Tensor('x', ('n', 2), 'float32'), Tensor('y', ('n', 2), 'uint8')
   step = Node('quantize', ('x',), ('y',), {'scale': 0.5, 'zero': 128}, 'net/first')
   graph = Graph(('x',), (), {}, (step,), ('y',), {'x': x, 'y': y})
-  with pytest.raises(ValueError, match=r'node 0, quantize \(net/first\): NaN in 1 of 2'):
+  with pytest.raises(ValueError, match=r'node 0, quantize \(net/first\): NaN among the 2'):
     reference.run(graph, [np.float32([[np.nan, 1]])])
   with pytest.raises(ValueError, match=r'the graph takes x: float32\[n, 2\], got float64\[1, 2\]'):
     reference.run(graph, [np.zeros((1, 2))])
