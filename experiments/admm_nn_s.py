@@ -85,6 +85,10 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
         network, cut = on_levels(config, setting, inside, begin, masks)
         found = cp.scores(inside, 'quantized', network.variables, anew=False)
         extra = levels.weights_only(network) | formats.stored_levels(network)
+        if train.is_main() and model is not None:
+          extra |= levels.as_file(
+            model, pruned_task, network.variables, inside.folder / 'model.fqx'
+          )
         sizes = levels.measure(network)
         networks.append(outcome.Measured(name, seed, i, found, cut, before, sizes, extra))
         say(f'{outcome.line(networks[-1])}, weights alone {extra["value_bytes"]:,.0f}'

@@ -84,6 +84,8 @@ METRICS = {
   'compression_values': Metric(
     'x', True, 'float32 bytes of all weights over those of the values of living ones alone'
   ),
+  'file_bytes': Metric('B', False, 'all bytes of the exported file'),
+  'file_top1': Metric('%', True, 'top-1 of the exported file, run by NumPy'),
   'bits_per_weight': Metric('bit', False, 'stored bits over dense weights'),
   'rate': Metric('x', True, 'dense weights over kept weights, of the pruned matrices alone'),
   'rate_over_structured': Metric(

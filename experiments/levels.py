@@ -6,6 +6,7 @@ and its gradients reach the float weights behind them. At the end the weights ar
 """
 
 from collections.abc import Callable
+import pathlib
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
@@ -13,7 +14,8 @@ import numpy as np
 
 from experiments import compression as cp
 from experiments.tasks import Task, Variables
-from fqjax import quantize, rules, train
+import fqjax
+from fqjax import files, quantize, rules, runtime, train
 from fqjax.quantize import plots
 
 PyTree = Any
@@ -62,6 +64,33 @@ def quantizer(levels: str, bits: int, per: str = 'layer') -> quantize.Quantizer:
   if levels not in _MADE:
     raise ValueError(f'levels={levels!r}: choose {", ".join(_MADE)}')
   return _MADE[levels](bits, per)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def as_file(model, task: Task, variables: Variables, path: pathlib.Path) -> dict[str, float]:
+  """Writes the network as a file and scores what NumPy makes of it.
+
+  Args:
+    model: the network.
+    task: what it is scored on.
+    variables: on levels.
+    path: of the file.
+
+  Returns:
+    file_bytes: all of the file, header and checksums included.
+    file_top1: of the file, run by NumPy, on the test items, in percent.
+  """
+  params, state = variables
+  artifact = fqjax.export(
+    model.apply, {'params': params, **state}, task.sample[:1], optimize='size', progress=False
+  )
+  artifact.save(path)
+  files.write_text(path.with_suffix('.txt'), artifact.report())
+  assert task.elsewhere is not None
+  right = task.elsewhere(runtime.load(path))['test']
+  return {'file_bytes': float(path.stat().st_size), 'file_top1': 100 * float(right.mean())}
 
 
 # ---------------------------------------------------------------------------- training

@@ -314,6 +314,8 @@ _EXTRA = {
   'conv_compression_bytes': '',
   'conv_compression_8bit': '',
   'compression_values': 'bits of the surviving weights alone',
+  'file_bytes': '',
+  'file_top1': '',
   'agreement': '',
   'logit_error': '',
   'index_saving': 'compressed sparse rows with 32-bit columns',

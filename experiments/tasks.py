@@ -44,6 +44,8 @@ class Task(NamedTuple):
     sample: what the network takes, to try it on: some training items as they reach it.
     taught: (teacher, share of the loss, temperature) -> a `loss_fn` that also learns from the
       teacher's logits on the same, augmented, training items; None where there is none.
+    elsewhere: a function of what the network takes, that returns its logits -> the same as `score`:
+      for networks that left JAX. None where nothing of the kind is there.
   """
 
   init: Callable[[jax.Array], Variables]
@@ -56,6 +58,7 @@ class Task(NamedTuple):
   layers: dict[str, sparsity.Layer]
   sample: Any = None
   taught: Callable[[Variables, float, float], Callable] | None = None
+  elsewhere: Callable[[Callable[[np.ndarray], np.ndarray]], dict[str, np.ndarray]] | None = None
 
 
 def classifier(
@@ -156,6 +159,23 @@ def classifier(
   def score(variables):
     return {part: correctness(variables, source) for part, source in scored.items()}
 
+  def elsewhere(run):
+    def right(batch):
+      logits = run(np.asarray(network_input(batch)))
+      return {
+        'right': logits.argmax(-1) == batch['label'],
+        'mask': batch['mask'],
+        'index': batch['index'],
+      }
+
+    found = {}
+    for part, source in scored.items():
+      images = fd.Loader(
+        source, batch_size=eval_batch_size, shuffle=False, repeat=False, transform=eval_transform
+      )
+      found[part] = in_order(map(right, images))['right'].astype(np.float64)
+    return found
+
   def calibration():
     count = max(1, min(calibration_images, len(learned)) // eval_batch_size)
     images = fd.Loader(learned, batch_size=eval_batch_size, seed=0, transform=eval_transform)
@@ -182,6 +202,7 @@ def classifier(
     loader=loader,
     steps_per_epoch=max(1, len(learned) // batch_size),
     score=score,
+    elsewhere=elsewhere,
     calibration=calibration,
     advance=advance if abstract.model_state else None,
     layers=sparsity.trace_layers(
@@ -243,7 +264,12 @@ def each_item(predict, variables: Variables, images: fd.Loader, mesh=None) -> di
     images: one pass.
     mesh: devices; all by default.
   """
-  parts = [jax.device_get(predict(*variables, train.shard_batch(x, mesh))) for x in images]
+  return in_order(jax.device_get(predict(*variables, train.shard_batch(x, mesh))) for x in images)
+
+
+def in_order(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays of the items of all batches, in the order of the source, padding left out."""
+  parts = list(batches)
   found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   real = found.pop('mask') > 0
   order = np.argsort(found.pop('index')[real])

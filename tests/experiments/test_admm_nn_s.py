@@ -35,7 +35,7 @@ def test_presets_are_complete_and_valid(preset):
 def test_lenet_ladder_ends_at_the_published_rates(lenet):
   _, params, layers = lenet
   config = configs.get_config('lenet5')
-  for setting in (config.rates.unstructured, config.rates.pooled):
+  for setting in (config.rates.unstructured, config.rates.pooled, config.rates.pooled_further):
     plans = experiment.ladder(setting, params, layers)
     kept = [int(sum(map(np.count_nonzero, jax.tree.leaves(sparsity.project(plan, params)[1]))))
             for plan in plans]  # fmt: skip
@@ -103,9 +103,8 @@ def test_survivors_on_few_bits_reach_the_rate_of_their_goal(lenet, name):
   config = configs.get_config('lenet5_quantized')
   setting = config.quantize[name]
   ((rung, _, goals, _),) = setting.named
-  _, masks = rules.finalize(
-    experiment.ladder(config.rates.unstructured, params, layers)[rung], params
-  )
+  ladder = experiment.ladder(config.rates[setting.start], params, layers)
+  _, masks = rules.finalize(ladder[rung], params)
   plan = experiment.level_plan(setting, params, layers)
   found = levels.weights_only(levels.Quantized(plan, tasks.Variables(params, {}), {}, {}, masks))
   assert found['compression_values'] >= dict(goals)['compression_values'] == 3700
@@ -131,10 +130,10 @@ def test_a_binary_network_has_a_sign_for_every_weight(lenet):
 
 def test_only_what_is_needed_is_climbed():
   config = configs.get_config('lenet5,settings=interval3+binary')
-  assert experiment.climbs(config) == {'unstructured': 5}
-  assert experiment.needed(config) == {('unstructured', 2), ('unstructured', 4), ('', 0)}
-  config.settings = ('interval3', 'unstructured')
-  assert experiment.climbs(config) == {'unstructured': 6}
+  assert experiment.climbs(config) == {'pooled': 2}
+  assert experiment.needed(config) == {('pooled', 1), ('', 0)}
+  config.settings = ('interval4_sparser', 'unstructured')
+  assert experiment.climbs(config) == {'pooled_further': 3, 'unstructured': 6}
   # In the order of the settings, as the tables have them.
   assert list(experiment.climbs(configs.get_config('smoke'))) == ['unstructured', 'structured']
 
@@ -146,7 +145,7 @@ def small(monkeypatch):
   monkeypatch.setattr(train, 'make_mesh', lambda: make_mesh(1))
   config = configs.base()
   config.data.update(name='synthetic', train_split='train', test_split='test')
-  phases = ('dense', 'admm', 'retrain', 'finish', 'pull', 'mapping', 'straight')
+  phases = ('dense', 'admm', 'gradual', 'retrain', 'finish', 'pull', 'mapping', 'straight')
   for phase in phases:
     config[phase].update(optimizer='adam', lr=0.01, epochs=1.0)
   config.dense.epochs, config.admm.rho, config.pull.rho = 2.0, (0.1,), (0.1,)
