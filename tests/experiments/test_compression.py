@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments import compression as cp
-from experiments import outcome, tasks
+from experiments import levels, outcome, tasks
 from fqjax import data as fd
 from fqjax import models, rules, sparsity, train
 from tests.experiments import tiny_task
@@ -153,6 +153,26 @@ def test_classifier_scores_every_image_once_in_order():
   np.testing.assert_array_equal(right, want)
   assert list(task.layers) == ['conv1/kernel', 'conv2/kernel', 'fc1/kernel', 'fc2/kernel']
   assert task.sample.shape == (16, 28, 28, 1)
+
+
+def test_a_file_is_scored_like_the_network_in_it(tmp_path):
+  source = fd.load_source('synthetic', 'test', n=30, size=28)
+  spec = fd.InputSpec('rgb', 28, mean=(128.0,) * 3, std=(64.0,) * 3)
+  model = models.create_model('lenet5')
+  task = tasks.classifier(
+    model, source, {'test': source}, spec, eval_batch_size=16, grey=True, mesh=train.make_mesh(1)
+  )
+  params = task.init(jax.random.key(0)).params
+  few = lambda w: jnp.where(jnp.abs(w) > 0.06, 0.1 * jnp.sign(w), 0) if w.ndim > 1 else w
+  variables = tasks.Variables(jax.device_get(jax.tree.map(few, params)), {})
+  found = levels.as_file(model, task, variables, tmp_path / 'model.fqx')
+  assert found['file_top1'] == pytest.approx(100 * task.score(variables)['test'].mean())
+  assert found['file_bytes'] == (tmp_path / 'model.fqx').stat().st_size < 100_000
+  assert 'levels' in (tmp_path / 'model.txt').read_text()
+  np.testing.assert_array_equal(
+    task.elsewhere(lambda x: np.eye(10)[np.arange(len(x)) % 10])['test'],
+    [source[i]['label'] == i % 16 % 10 for i in range(30)],
+  )
 
 
 def test_a_student_learns_what_the_teacher_says():
