@@ -183,6 +183,9 @@ def experiment(name: str, workdir: pathlib.Path) -> list[ledger.Row]:
     own = rows_of(f'exported/{subject.where}/{name}/{kind}', kind, found, subject)
     size = paths[kind].stat().st_size if kind in paths else None
     rows += [dataclasses.replace(row, bytes=size) for row in own]
+    if size:
+      common = {'run': own[0].run, 'bytes': size, 'data': own[0].data}
+      rows.append(ledger.Row(metric='file_bytes', value=float(size), **common))
     print(
       f'{name} {kind}: {int(scores.right.sum())} of {len(scores.right)} right, '
       f'{int((scores.guesses == found["float32"].guesses).sum())} as float32, '

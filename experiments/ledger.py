@@ -706,6 +706,16 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
       Column('fewer weights, x', 'compression'),
       Column('fewer bytes, x', 'compression_bytes'),
       Column('values alone, x', 'compression_values'),
+      Column('file, bytes', 'file_bytes'),
+    ),
+  ),
+  'files': run_table(
+    ('exported',),
+    (
+      Column('top-1 %', 'top1'),
+      Column('change to float32', 'change'),
+      Column('same first guess, %', 'agreement'),
+      Column('file, kB', 'file_bytes', 1e3),
     ),
   ),
   'frequency': run_table(

@@ -31,7 +31,9 @@ def test_files_are_scored(subject, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path))
   monkeypatch.setattr(exported, 'subject_of', lambda name, weights: subject)
   rows = {(row.run, row.metric): row for row in exported.experiment('net', tmp_path)}
-  assert [metric for _, metric in rows] == ['top1', 'top1', 'change', 'agreement', 'logit_error']
+  assert [metric for _, metric in rows] == [
+    'top1', 'file_bytes', 'top1', 'change', 'agreement', 'logit_error', 'file_bytes'
+  ]  # fmt: skip
   top1 = rows['exported/noise/net/float32', 'top1']
   assert (top1.value, top1.reached, top1.samples) == (100.0, 'yes', 60)
   assert top1.bytes == (tmp_path / 'net/float32.fqx').stat().st_size
