@@ -193,7 +193,7 @@ def export(
 
   Example:
     >>> def network(params, x):
-    ...   return jax.nn.relu(x @ params['kernel'] + params['bias'])
+    ...   return jax.nn.relu(x @ params['kernel'] + params['bias'][None])
     >>> params = {'kernel': jnp.eye(3), 'bias': jnp.zeros(3)}
     >>> artifact = export(network, params, jnp.zeros((1, 3)))
     >>> artifact(np.float32([[1, -2, 3], [0, 1, 0]]))
