@@ -178,7 +178,8 @@ def compare(config, summary: Sequence[Mapping[str, Any]], bits: int) -> list[dic
 
 def _kind(config, name: str) -> str:
   start = config.quantize[name].start if name in config.quantize else name
-  return config.rates[start].kind if start else ''
+  # One budget for all layers is no structure either.
+  return config.rates[start].kind.replace('pooled', 'unstructured') if start else ''
 
 
 def tables(config, summary: Sequence[Mapping[str, Any]]) -> list[train.Table]:
