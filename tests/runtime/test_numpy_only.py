@@ -100,7 +100,7 @@ def cifar():
 
 
 def pixels_to_input(pixels):
-  mean, std = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
+  mean, std = jnp.array([[[[0.485, 0.456, 0.406]]]]), jnp.array([[[[0.229, 0.224, 0.225]]]])
   return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
