@@ -170,6 +170,34 @@ def without_dead(graph: Graph) -> Graph:
   )
 
 
+def rename(graph: Graph, names: Mapping[str, str]) -> Graph:
+  """Gives tensors other names; constants that get one name become one.
+
+  Args:
+    graph: any.
+    names: old -> new; what is missing keeps its name.
+
+  Example:
+    >>> x, y = (Tensor(name, (3,), 'float32') for name in 'xy')
+    >>> graph = Graph(('x',), (), {}, (Node('exp', ('x',), ('y',)),), ('y',), {'x': x, 'y': y})
+    >>> print(rename(graph, {'x': 'image'}).nodes[0])
+    exp(image)
+  """
+  new = lambda old: names.get(old, old)
+  many = lambda olds: tuple(map(new, olds))
+  return dataclasses.replace(
+    graph,
+    inputs=many(graph.inputs),
+    parameters=many(graph.parameters),
+    constants={new(name): array for name, array in graph.constants.items()},
+    nodes=tuple(
+      node._replace(inputs=many(node.inputs), outputs=many(node.outputs)) for node in graph.nodes
+    ),
+    outputs=many(graph.outputs),
+    tensors={new(name): t._replace(name=new(name)) for name, t in graph.tensors.items()},
+  )
+
+
 def validate(graph: Graph) -> None:
   """Checks a graph from end to end; every shape and type is worked out again.
 

@@ -200,20 +200,4 @@ def tidy(graph: Graph) -> Graph:
     names[name] = kept.setdefault(key, f'#{len(kept)}')
   outputs = (name for node in graph.nodes for name in node.outputs)
   names |= {name: f'%{i}' for i, name in enumerate(outputs)}
-  return dataclasses.replace(
-    graph,
-    constants={names[name]: array for name, array in graph.constants.items()},
-    nodes=tuple(
-      node._replace(
-        inputs=tuple(names[name] for name in node.inputs),
-        outputs=tuple(names[name] for name in node.outputs),
-      )
-      for node in graph.nodes
-    ),
-    outputs=tuple(names[name] for name in graph.outputs),
-    tensors={
-      names[name]: tensor._replace(name=names[name])
-      for name, tensor in graph.tensors.items()
-      if name in names
-    },
-  )
+  return graph_lib.rename(graph, names)

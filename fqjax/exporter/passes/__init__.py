@@ -6,8 +6,8 @@ from fqjax.exporter.passes._common import share_common as share_common
 from fqjax.exporter.passes._constants import bind_parameters as bind_parameters
 from fqjax.exporter.passes._constants import fold_constants as fold_constants
 from fqjax.exporter.passes._freeze import freeze as freeze
-from fqjax.exporter.passes._rename import rename as rename
 from fqjax.exporter.passes._transposes import move_transposes as move_transposes
+from fqjax.runtime.graph import rename as rename
 from fqjax.runtime.graph import without_dead as without_dead
 
 __all__ = [

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fqjax.exporter.passes._rename import rename
 from fqjax.runtime import dims, reference
-from fqjax.runtime.graph import Graph, Node, without_dead
+from fqjax.runtime.graph import Graph, Node, rename, without_dead
 
 # Tables larger than this, spread out from something smaller, are made again at every run.
 _LARGE = 4096
