@@ -27,7 +27,8 @@ def recalibrate(
     params: the weights, not changed.
     model_state: tree of arrays. Leaves that move as `m * old + (1 - m) * batch` are averaged; any
       other (counters, keys) is handed from batch to batch as `apply` returns it.
-    batches: one pass, of one shape; some thousand images in all.
+    batches: one pass, of one shape; some thousand images in all, augmented as in training (borders
+      and crops change the statistics).
 
   Returns:
     The new model state, same tree and dtypes.
