@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from experiments import compression as cp
-from experiments import levels, outcome, tasks
+from experiments import cifar, levels, outcome, tasks
 from fqjax import data as fd
 from fqjax import models, rules, sparsity, train
 from tests.experiments import tiny_task
@@ -153,6 +153,38 @@ def test_classifier_scores_every_image_once_in_order():
   np.testing.assert_array_equal(right, want)
   assert list(task.layers) == ['conv1/kernel', 'conv2/kernel', 'fc1/kernel', 'fc2/kernel']
   assert task.sample.shape == (16, 28, 28, 1)
+
+
+def test_statistics_are_taken_on_images_augmented_as_in_training():
+  source = fd.load_source('synthetic', 'test', n=32, size=28)
+  spec = fd.InputSpec('rgb', 28, mean=(0.0,) * 3, std=(1.0,) * 3)
+  model, white = models.create_model('lenet5'), lambda image: np.full_like(image, 255)
+
+  def task(**how):
+    return tasks.classifier(
+      model, source, {}, spec, eval_batch_size=16, grey=True, mesh=train.make_mesh(1), **how
+    )
+
+  augmented = task(transform=lambda example, rng: {**example, 'image': white(example['image'])})
+  batches = list(augmented.calibration())
+  assert len(batches) == 2
+  for batch in batches:
+    np.testing.assert_array_equal(batch['image'], 255)
+  assert np.min(augmented.sample) < 255
+  # Without augmentation they are seen as those that are scored.
+  viewed = task(eval_transform=lambda example, rng: {**example, 'image': white(example['image'])})
+  np.testing.assert_array_equal(next(iter(viewed.calibration()))['image'], 255)
+
+
+@pytest.mark.full
+def test_new_statistics_leave_a_published_network_as_it_is(data_dir, monkeypatch):
+  monkeypatch.setenv('FQJAX_DATA_DIR', str(data_dir))
+  config = cifar.fields('resnet20')
+  task, _ = cifar.make_task(config, train.make_mesh(1))
+  dense = task.init(jax.random.key(0))
+  before, after = (task.score(v)['test'].mean() for v in (dense, cp.recalibrated(task, dense)))
+  assert before == 0.9173
+  assert abs(after - before) < 0.002  # 0.8913 on plain images
 
 
 def test_a_file_is_scored_like_the_network_in_it(tmp_path):
