@@ -128,6 +128,7 @@ def levels(
   setting.levels = 'interval'  # 'power_of_two', 'ternary', 'binary', 'uniform'
   setting.per = 'layer'  # what shares a scale; 'channel'
   setting.way = 'admm'  # and progressive mapping; 'straight': straight-through
+  setting.floats = 'float32'  # of biases in the file; 'bfloat16'
   setting.update(fields)
   return setting
 
@@ -199,6 +200,7 @@ def lenet5() -> ml_collections.ConfigDict:
     budgets,
     ((2, 'pooled500', (*bounds, ('compression', 500.0)), 'stretch'),),
   )
+  config.rates.pooled_few = ladder('pooled', ('.*/kernel',), ((0.014,), (0.0086,), (0.00465,)))
   config.gradual = gradual_recipe(optimizer='adam', lr=2e-3, epochs=14.0)
   config.settings = ('unstructured', 'pooled', 'structured')
 
@@ -224,6 +226,15 @@ def lenet5() -> ml_collections.ConfigDict:
   q.interval4_sparser = levels(
     'pooled_further', 4, (2,), ((2, 'interval4_sparser', goals, reference),)
   )
+  # As many bytes of values in three times as many weights, and more weights where their places count.
+  q.sign_of_survivors = levels(
+    'pooled_few', 1, (1,), ((1, 'sign_of_survivors', goals[:2], reference),),
+    levels='binary', per='channel', way='straight',
+  )  # fmt: skip
+  q.interval3_file = levels(
+    'pooled_few', 3, (2,), ((2, 'interval3_file', (goals[0], *goals[2:]), reference),),
+    floats='bfloat16',
+  )  # fmt: skip
   q.interval3_structured = levels('structured', 3, (1, 3), ((3, 'interval3_structured', (), ''),))
   lossless = (('top1', 99.0),), 'arXiv 1907.02124: fully binarized without loss'
   q.binary = levels(
@@ -240,7 +251,8 @@ def lenet5_quantized() -> ml_collections.ConfigDict:
   """Survivors of LeNet-5 on few levels: 1,235 weights of 3 bits are 463 bytes, 3,719x."""
   config = lenet5()
   config.settings = (
-    'interval3', 'interval32', 'power_of_two3', 'interval4_sparser', 'interval3_structured',
+    'interval3', 'interval32', 'power_of_two3', 'interval4_sparser', 'sign_of_survivors',
+    'interval3_file', 'interval3_structured',
   )  # fmt: skip
   return config
 

@@ -71,7 +71,7 @@ def base(network: str = 'resnet20') -> ml_collections.ConfigDict:
   choices.ternary = choice('levels', 2, levels='ternary')
   choices.binary = choice('binary', 1, edges=0)
   for bits, points in ((4, 0.2), (3, 0.7), (2, 1.5)):
-    choices[f'mixture{bits}'].goals = (('change', -points),)
+    choices[f'mixture{bits}'].goals = choices[f'mixture{bits}_hard'].goals = (('change', -points),)
 
   config.transfer = ml_collections.ConfigDict()  # where the network comes from
   config.transfer.data = ''  # that data set; '': it is trained or loaded for `data` itself

@@ -87,7 +87,7 @@ def experiment(config, workdir: pathlib.Path) -> list[dict]:
         extra = levels.weights_only(network) | formats.stored_levels(network)
         if train.is_main() and model is not None:
           extra |= levels.as_file(
-            model, pruned_task, network.variables, inside.folder / 'model.fqx'
+            model, pruned_task, network.variables, inside.folder / 'model.fqx', setting.floats
           )
         sizes = levels.measure(network)
         networks.append(outcome.Measured(name, seed, i, found, cut, before, sizes, extra))
@@ -156,6 +156,8 @@ def check_levels(config, name: str) -> None:
     raise ValueError(f'{where}.rungs: there is no rung {wrong[0]}')
   if wrong := [i for i, *_ in setting.named if i not in setting.rungs]:
     raise ValueError(f'{where}.named: rung {wrong[0]} is not among its rungs {setting.rungs}')
+  if setting.floats not in ('float32', 'bfloat16'):
+    raise ValueError(f"{where}.floats={setting.floats!r}: choose 'float32', 'bfloat16'")
   for _, bits in setting.bits:
     levels.quantizer(setting.levels, bits, setting.per)
 

@@ -10,12 +10,14 @@ import pathlib
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import compression as cp
 from experiments.tasks import Task, Variables
 import fqjax
-from fqjax import files, quantize, rules, runtime, train
+from fqjax import files, quantize, rules, runtime, sparsity, train
 from fqjax.quantize import plots
 
 PyTree = Any
@@ -69,7 +71,9 @@ def quantizer(levels: str, bits: int, per: str = 'layer') -> quantize.Quantizer:
 # ---------------------------------------------------------------------------- files
 
 
-def as_file(model, task: Task, variables: Variables, path: pathlib.Path) -> dict[str, float]:
+def as_file(
+  model, task: Task, variables: Variables, path: pathlib.Path, floats: str = 'float32'
+) -> dict[str, float]:
   """Writes the network as a file and scores what NumPy makes of it.
 
   Args:
@@ -77,15 +81,19 @@ def as_file(model, task: Task, variables: Variables, path: pathlib.Path) -> dict
     task: what it is scored on.
     variables: on levels.
     path: of the file.
+    floats: 'float32', or 'bfloat16' for biases rounded to half as many bytes, after what nothing
+      reads is gone; it is the rounded network that is scored.
 
   Returns:
     file_bytes: all of the file, header and checksums included.
     file_top1: of the file, run by NumPy, on the test items, in percent.
   """
-  params, state = variables
-  artifact = fqjax.export(
-    model.apply, {'params': params, **state}, task.sample[:1], optimize='size', progress=False
-  )
+  apply, stored = model.apply, {'params': variables.params, **variables.model_state}
+  if floats != 'float32':
+    small = sparsity.remove_unused(apply, stored, jnp.asarray(task.sample[:1]))
+    few = lambda x: x.astype(floats).astype(x.dtype) if x.ndim < 2 else x
+    apply, stored = small.apply, jax.tree.map(lambda x: few(jnp.asarray(x)), small.variables)
+  artifact = fqjax.export(apply, stored, task.sample[:1], optimize='size', progress=False)
   artifact.save(path)
   files.write_text(path.with_suffix('.txt'), artifact.report())
   assert task.elsewhere is not None

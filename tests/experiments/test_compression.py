@@ -201,6 +201,14 @@ def test_a_file_is_scored_like_the_network_in_it(tmp_path):
   assert found['file_top1'] == pytest.approx(100 * task.score(variables)['test'].mean())
   assert found['file_bytes'] == (tmp_path / 'model.fqx').stat().st_size < 100_000
   assert 'levels' in (tmp_path / 'model.txt').read_text()
+  biased = jax.tree.map(lambda w: np.linspace(0, 0.01, w.size) if w.ndim == 1 else w, params)
+  biased = tasks.Variables(jax.tree.map(np.float32, jax.tree.map(few, biased)), {})
+  whole, halves = (
+    levels.as_file(model, task, biased, tmp_path / f'{name}.fqx', name)
+    for name in ('float32', 'bfloat16')
+  )
+  assert halves['file_bytes'] < whole['file_bytes'] - 500
+  assert abs(halves['file_top1'] - whole['file_top1']) < 10
   np.testing.assert_array_equal(
     task.elsewhere(lambda x: np.eye(10)[np.arange(len(x)) % 10])['test'],
     [source[i]['label'] == i % 16 % 10 for i in range(30)],
