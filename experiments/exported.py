@@ -1,11 +1,13 @@
 """Published networks as files that NumPy runs: what they keep of their accuracy.
 
-  python -m experiments.exported [--networks resnet20,resnet56,mobilenet_v2] [--record] --workdir=DIR
+  python -m experiments.exported [--networks resnet20,resnet56,mobilenet_v2] [--onnx] [--record] --workdir=DIR
 
 Every network leaves JAX twice (`fqjax.export`): as it is, with its preprocessing inside, and in 8-bit
 integers, whose ranges come from images that are not scored. The files are written to the workdir,
 read again, and run by `fqjax.runtime` on the test images; accuracy, agreement with the float network
-and bytes go to the ledger. For MobileNetV2 the network that somebody else quantized is run too.
+and bytes go to the ledger. For MobileNetV2 the network that somebody else quantized is run too. With
+`--onnx` both are written as ONNX as well (`pip install 'fqjax[onnx]' onnxruntime`), and onnxruntime is
+compared with NumPy on the same files.
 
   resnet20, resnet56   published weights, the 10,000 test images of CIFAR-10; ranges from 500 training
                        images
@@ -38,6 +40,7 @@ from fqjax.runtime import reference
 NETWORKS = ('resnet20', 'resnet56', 'mobilenet_v2')
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CALIBRATION = 500
+_ONNX = '_onnx'
 
 
 class Subject(NamedTuple):
@@ -142,8 +145,8 @@ def score(run: Callable[[np.ndarray], np.ndarray], tests) -> Scores:
   return Scores(guesses == labels, guesses, logits, seconds)
 
 
-def files_of(subject: Subject, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The network as files: 'float32' on pixels, 'int8' on floats."""
+def files_of(subject: Subject, folder: pathlib.Path, onnx: bool) -> dict[str, pathlib.Path]:
+  """The network as files: 'float32' on pixels, 'int8' on floats; with `onnx` as 'float32_onnx' too."""
   side = subject.size
   pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
   exported = {
@@ -156,10 +159,29 @@ def files_of(subject: Subject, folder: pathlib.Path) -> dict[str, pathlib.Path]:
       ranges=subject.ranges,
     ),
   }
-  return {name: artifact.save(folder / f'{name}.fqx') for name, artifact in exported.items()}
+  paths = {name: artifact.save(folder / f'{name}.fqx') for name, artifact in exported.items()}
+  if onnx:
+    for name, artifact in exported.items():
+      paths[name + _ONNX] = folder / f'{name}.onnx'
+      artifact.to_onnx(paths[name + _ONNX])
+  return paths
 
 
-def experiment(name: str, workdir: pathlib.Path) -> list[ledger.Row]:
+def by_onnxruntime(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Runs an ONNX file of one input and one output."""
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+  name = session.get_inputs()[0].name
+  return lambda x: session.run(None, {name: x})[0]
+
+
+def beside(kind: str) -> str:
+  """What a kind is compared with: ONNX with our file of it, all else with the float file."""
+  return kind.removesuffix(_ONNX) if kind.endswith(_ONNX) else 'float32'
+
+
+def experiment(name: str, workdir: pathlib.Path, onnx: bool = False) -> list[ledger.Row]:
   """Exports a network, scores its files, and returns rows for the ledger."""
   weights = pathlib.Path(os.environ.get('FQJAX_DATA_DIR', '')) / 'weights'
   if not weights.is_dir():
@@ -167,12 +189,13 @@ def experiment(name: str, workdir: pathlib.Path) -> list[ledger.Row]:
   subject = subject_of(name, weights)
   folder = workdir / name
   folder.mkdir(parents=True, exist_ok=True)
-  paths = files_of(subject, folder)
-  model, integers = (runtime.load(paths[kind]) for kind in ('float32', 'int8'))
-  runs: dict[str, Callable] = {
-    'float32': model,
-    'int8': lambda pixels: integers(np.asarray(subject.prepare(jnp.asarray(pixels)))),
-  }
+  paths = files_of(subject, folder, onnx)
+  runs: dict[str, Callable] = {}
+  for kind, path in paths.items():
+    run = by_onnxruntime(path) if kind.endswith(_ONNX) else runtime.load(path)
+    if kind.startswith('int8'):
+      run = lambda pixels, run=run: run(np.asarray(subject.prepare(jnp.asarray(pixels))))
+    runs[kind] = run
   runs |= {
     kind: lambda pixels, graph=graph: reference.run(graph, [pixels])[0]
     for kind, graph in subject.peer.items()
@@ -188,7 +211,7 @@ def experiment(name: str, workdir: pathlib.Path) -> list[ledger.Row]:
       rows.append(ledger.Row(metric='file_bytes', value=float(size), **common))
     print(
       f'{name} {kind}: {int(scores.right.sum())} of {len(scores.right)} right, '
-      f'{int((scores.guesses == found["float32"].guesses).sum())} as float32, '
+      f'{int((scores.guesses == found[beside(kind)].guesses).sum())} as {beside(kind)}, '
       f'{1e3 * scores.seconds / len(scores.right):.1f} ms an image'
       + (f', {size:,} bytes' if size else ''),
       flush=True,
@@ -197,8 +220,8 @@ def experiment(name: str, workdir: pathlib.Path) -> list[ledger.Row]:
 
 
 def rows_of(run: str, kind: str, found: dict[str, Scores], subject: Subject) -> list[ledger.Row]:
-  """Accuracy, and how it differs from that of the float file."""
-  scores, base = found[kind], found['float32']
+  """Accuracy, and how it differs from that of the file `beside` it."""
+  scores, base = found[kind], found[beside(kind)]
   count = len(scores.right)
   common: dict[str, Any] = {
     'run': run, 'samples': count, 'seeds': 1, 'data': f'{subject.where} test',
@@ -213,10 +236,12 @@ def rows_of(run: str, kind: str, found: dict[str, Scores], subject: Subject) -> 
   ]
   if kind == 'float32':
     return rows
-  common['reference'] = 'the float32 file'
+  foreign = kind.endswith(_ONNX)
+  common['reference'] = f'the {beside(kind)} file' + ' by NumPy' * foreign
   error = ledger.paired_standard_error(100.0 * scores.right, 100.0 * base.right)
   same = 100.0 * (scores.guesses == base.guesses)
   ours = kind == 'int8'
+  agreement = 95.0 if ours else 99.0 if foreign else None
   return [
     *rows,
     ledger.Row(
@@ -225,7 +250,7 @@ def rows_of(run: str, kind: str, found: dict[str, Scores], subject: Subject) -> 
     ),
     ledger.Row(
       metric='agreement', value=float(same.mean()), spread=ledger.standard_error(same),
-      goal=95.0 if ours else None, **common,
+      goal=agreement, **common,
     ),
     ledger.Row(metric='logit_error', value=float(np.abs(scores.logits - base.logits).mean()), **common),
   ]  # fmt: skip
@@ -239,6 +264,7 @@ def parse_command(argv: Sequence[str] | None = None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--networks', default=','.join(NETWORKS), help='separated by commas')
+  parser.add_argument('--onnx', action='store_true', help='as ONNX too, run by onnxruntime')
   parser.add_argument('--record', action='store_true', help='append to results.csv')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   args = parser.parse_args(argv)
@@ -252,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   args = parse_command(argv)
   for name in args.networks:
-    rows = experiment(name, args.workdir)
+    rows = experiment(name, args.workdir, args.onnx)
     if args.record:
       numbers = [[row.run, row.metric, float(row.value)] for row in rows]
       record_once(args.workdir / name / 'recorded.json', numbers, rows)

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import compression as cp
 from experiments import cifar, levels, outcome, tasks
+from experiments import compression as cp
 from fqjax import data as fd
 from fqjax import models, rules, sparsity, train
 from tests.experiments import tiny_task

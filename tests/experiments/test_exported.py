@@ -48,6 +48,23 @@ def test_files_are_scored(subject, tmp_path, monkeypatch, capsys):
   assert ledger.check_command('python -m experiments.exported --workdir=DIR') is None
 
 
+def test_onnx_is_compared_with_numpy_on_the_same_network(subject, tmp_path, monkeypatch, capsys):
+  pytest.importorskip(
+    'onnxruntime', reason="needs onnxruntime: pip install 'fqjax[onnx]' onnxruntime"
+  )
+  (tmp_path / 'weights').mkdir()
+  monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path))
+  monkeypatch.setattr(exported, 'subject_of', lambda name, weights: subject)
+  rows = {(row.run, row.metric): row for row in exported.experiment('net', tmp_path, onnx=True)}
+  for kind in ('float32', 'int8'):
+    same = rows[f'exported/noise/net/{kind}_onnx', 'agreement']
+    assert (same.value, same.goal, same.reached) == (100.0, 99.0, 'yes')
+    assert same.reference == f'the {kind} file by NumPy'
+    assert same.bytes == (tmp_path / f'net/{kind}.onnx').stat().st_size
+    assert rows[f'exported/noise/net/{kind}_onnx', 'logit_error'].value < 0.01
+  assert '60 as int8' in capsys.readouterr().out
+
+
 def test_without_data_it_says_so(tmp_path, monkeypatch):
   monkeypatch.setenv('FQJAX_DATA_DIR', str(tmp_path / 'none'))
   with pytest.raises(FileNotFoundError, match='FQJAX_DATA_DIR'):
@@ -56,7 +73,7 @@ def test_without_data_it_says_so(tmp_path, monkeypatch):
 
 def test_the_command_line(capsys):
   args = exported.parse_command(['--networks=resnet20,resnet56', '--workdir=DIR'])
-  assert args.networks == ['resnet20', 'resnet56'] and not args.record
+  assert args.networks == ['resnet20', 'resnet56'] and not args.record and not args.onnx
   with pytest.raises(SystemExit):
     exported.parse_command(['--networks=resnet21', '--workdir=DIR'])
   assert 'resnet21' in capsys.readouterr().err
