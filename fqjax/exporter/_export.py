@@ -97,11 +97,33 @@ class Artifact:
       unfinished.write_bytes(self.data)
     return path
 
-  def to_onnx(self, path: str | pathlib.Path | None = None, **options: Any) -> Any:
-    """The first graph as ONNX; see `fqjax.exporter.onnx.to_onnx`."""
+  def to_onnx(
+    self, path: str | pathlib.Path | None = None, *, which: int | None = None, **options: Any
+  ) -> Any:
+    """A graph as ONNX; see `fqjax.exporter.onnx.to_onnx`.
+
+    Args:
+      path: of the file; None writes none.
+      which: of `graphs`, where the network was exported for several sizes: an ONNX file holds one.
+      **options: of `fqjax.exporter.onnx.to_onnx`.
+
+    Returns:
+      The `onnx.ModelProto`.
+
+    Raises:
+      ValueError: there are several graphs and `which` is none of them.
+      ImportError: onnx is not installed.
+    """
     from fqjax.exporter import onnx
 
-    return onnx.to_onnx(self.graphs[0], path, **options)
+    count = len(self.graphs)
+    if which not in range(count) and (which is not None or count > 1):
+      sizes = [', '.join(str(g.tensors[name].shape) for name in g.inputs) for g in self.graphs]
+      raise ValueError(
+        f'An ONNX file holds one graph, and here are {count}: '
+        + '; '.join(f'which={i} for {size}' for i, size in enumerate(sizes))
+      )
+    return onnx.to_onnx(self.graphs[which or 0], path, **options)
 
   def report(self) -> str:
     """What is in the file: a line per array, and the sum; bytes are those of the file."""

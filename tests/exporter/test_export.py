@@ -279,6 +279,21 @@ def test_channels_with_levels_of_their_own_keep_them_as_integers():
   assert errors.max() < 0.1
 
 
+def test_onnx_holds_one_of_several_sizes():
+  pytest.importorskip('onnx', reason="needs onnx: pip install 'fqjax[onnx]'")
+  conv = nn.Conv(4, (3, 3))
+  variables, _ = started(conv, 1, 8, 8, 3)
+  sizes = [jax.ShapeDtypeStruct((1, s, s, 3), jnp.float32) for s in (8, 16)]
+  artifact = fqjax.export(conv.apply, variables, sizes)
+  for which in (None, 2, -1):
+    with pytest.raises(ValueError, match=r'here are 2: .*which=1 for .*16, 16, 3'):
+      artifact.to_onnx(which=which)
+  [x] = artifact.to_onnx(which=1).graph.input
+  assert [d.dim_value for d in x.type.tensor_type.shape.dim][1:] == [16, 16, 3]
+  alone = fqjax.export(conv.apply, variables, sizes[0])
+  assert alone.to_onnx().graph == alone.to_onnx(which=0).graph
+
+
 @pytest.mark.parametrize('options', [{'optimize': 'size'}, {'precision': 'int8'}])
 def test_several_sizes_go_with_everything(options):
   conv = nn.Conv(4, (3, 3))
