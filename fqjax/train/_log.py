@@ -42,6 +42,7 @@ class Log:
 
         self._bar = tqdm(total=total, initial=start, unit='step', dynamic_ncols=True)
     self.images = next((int(r['images']) for r in self.history[::-1] if 'images' in r), 0)
+    self.finished = self.images  # of these, what the device is done with
     self._seconds = next((r['seconds'] for r in self.history[::-1] if 'seconds' in r), 0.0)
     self._began = time.perf_counter()
     self._rate = 0.0
@@ -55,17 +56,17 @@ class Log:
 
   def restart_clock(self) -> None:
     self._mark = time.perf_counter()
-    self._marked_images = self.images
+    self._marked = self.finished
     self._away = 0.0
 
   def measure(self) -> dict[str, float]:
     """Speed since the last call, evaluation and checkpoints taken out."""
     now = time.perf_counter()
     spent = now - self._mark - self._away
-    images = self.images - self._marked_images
+    images = self.finished - self._marked
     if images and spent > 0:
       self._rate = images / spent
-    self.restart_clock()
+      self.restart_clock()
     return {
       'images_per_second': round(self._rate, 2),
       'images': self.images,

@@ -1,5 +1,6 @@
 """The training loop: resume, steps, reports, evaluation, checkpoints, and every way it can end."""
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import os
@@ -217,6 +218,7 @@ class _Run:
     self.saved = start  # step of the last good checkpoint (or of the given state)
     self.steps: list[tuple[int, Mapping[str, jax.Array]]] = []
     self.waiting: tuple[list, dict] | None = None
+    self.flying: collections.deque[tuple[jax.Array, int]] = collections.deque()
     self.recompiled = 0
     self.tracing = False
     compile_count()
@@ -230,15 +232,17 @@ class _Run:
         ' (Loader(..., repeat=True)).'
       ) from None
     batch = shard_batch(batch, mesh)
-    self.log.images += jax.tree.leaves(batch)[0].shape[0]
+    size = jax.tree.leaves(batch)[0].shape[0]
+    self.log.images += size
     before = compile_count()
     began = time.perf_counter()
     self.state, metrics = step(self.state, batch)
     compiled = compile_count() - before
     if 'loss' not in metrics:
       raise ValueError(f"the step's metrics {sorted(metrics)} need a 'loss'.")
+    self.flying.append((metrics['loss'], size))
     if i == self.start + 1:
-      jax.block_until_ready(metrics)
+      self._land(0)
       self.log.say(
         f'First step (compiling {compiled} programs): {time.perf_counter() - began:.1f} s'
       )
@@ -250,8 +254,14 @@ class _Run:
         ' dtypes; JAX_EXPLAIN_CACHE_MISSES=1 names the cause.'
       )
     self.steps.append((i, metrics))
-    if len(self.steps) > _IN_FLIGHT:
-      jax.block_until_ready(self.steps[-_IN_FLIGHT][1]['loss'])
+    self._land(_IN_FLIGHT - 1)
+
+  def _land(self, flying: int) -> None:
+    """Waits until no more than so many steps are under way."""
+    while len(self.flying) > flying:
+      loss, size = self.flying.popleft()
+      jax.block_until_ready(loss)
+      self.log.finished += size
 
   def end_trace(self) -> None:
     if self.tracing:
@@ -262,6 +272,8 @@ class _Run:
 
   def report(self, i: int, fetch: bool) -> None:
     """Hands the steps since the last report to the log: the previous ones now, these next time."""
+    if fetch:  # what is under way belongs to this stretch, not to the pause that follows
+      self._land(0)
     counts = self.log.measure()
     counts['compiles'] = compile_count()
     counts['recompiles'] = self.recompiled

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -349,6 +350,32 @@ def test_where_nothing_is_counted_nothing_is_said(uninterrupted, tmp_path, capsy
   result = train(tmp_path, 2, loader=data.Loader(source, 8), setup=(state, step))
   assert [r['data/corrupt'] for r in result.history] == [0] and result.corrupt == Corrupt()
   assert 'corrupt' not in capsys.readouterr().out
+
+
+def test_speed_counts_steps_that_are_done(tmp_path):
+  mesh = make_mesh(1)
+  state, _ = toy.setup(mesh)
+
+  @jax.jit
+  def step(state, batch):
+    x = jnp.full((512, 512), jnp.mean(batch['x']) + state.step.astype(jnp.float32))
+    y = jax.lax.fori_loop(0, 30, lambda i, y: jnp.tanh(x @ y), x)
+    return state._replace(step=state.step + 1), {'loss': jnp.mean(y)}
+
+  batch = next(iter(toy.Loader()))
+  seconds = []
+  for _ in range(5):
+    began = time.perf_counter()
+    jax.block_until_ready(step(state, batch))
+    seconds.append(time.perf_counter() - began)
+  # Two steps lie between a report and an evaluation: handing them over takes a thousandth of the
+  # time they take.
+  result = train(
+    tmp_path, 16, setup=(state, step), log_every=5, eval_every=7, checkpoint_every=100,
+    evaluators=(lambda state: {'a': 1.0},),
+  )  # fmt: skip
+  rates = [r['images_per_second'] for r in result.history if 'images_per_second' in r]
+  assert len(rates) >= 5 and all(0 < rate < 4 * 16 / min(seconds) for rate in rates), rates
 
 
 def test_batches_are_read_and_copied_while_the_device_computes(tmp_path, monkeypatch):
