@@ -89,7 +89,7 @@ def line(measured: Measured, metric: Metric = TOP1) -> str:
   sizes = measured.sizes
   return (
     f'{measured.setting}, seed {measured.seed}, rung {measured.rung}: {metric.name} {value:.2f}'
-    f' (dense {dense:.2f}, after the cut {cut:.2f}), {sizes.kept:,} of {sizes.weights:,} weights'
+    f' (dense {dense:.2f}, not retrained {cut:.2f}), {sizes.kept:,} of {sizes.weights:,} weights'
     f' ({sizes.compression:.1f}x), {sizes.stored_bytes:,.0f} bytes'
     f' ({sizes.compression_bytes:.1f}x)'
   )
@@ -193,12 +193,12 @@ def last_rungs(summary: Sequence[dict]) -> dict[str, dict]:
 
 def print_table(summary: Sequence[dict], metric: Metric = TOP1) -> None:
   """All rungs on the terminal."""
-  print(f'\n{"setting":<28}{metric.name:>16}{"change":>16}{"after cut":>11}{"rate":>9}'
+  print(f'\n{"setting":<28}{metric.name:>16}{"change":>16}{"not retrained":>15}{"rate":>9}'
         f'{"bytes":>12}{"x bytes":>9}')  # fmt: skip
   for e in summary:
     value = f'{e["value"]:.2f} ± {e["spread"]:.2f}'
     change = f'{e["change"]:+.2f} ± {e["change_spread"]:.2f}'
-    print(f'{e["setting"]:<28}{value:>16}{change:>16}{e["cut"]:>11.2f}{e["compression"]:>8.1f}x'
+    print(f'{e["setting"]:<28}{value:>16}{change:>16}{e["cut"]:>15.2f}{e["compression"]:>8.1f}x'
           f'{e["stored_bytes"]:>12,.0f}{e["compression_bytes"]:>8.1f}x')  # fmt: skip
   print('change: against the dense network of the same seed on the same items.')
   print('± is one standard error (seeds and items together; paired for the change).\n')
@@ -220,7 +220,7 @@ def show(table: train.Table) -> None:
 
 def tables(summary: Sequence[dict], metric: Metric = TOP1) -> list[train.Table]:
   """The comparison for a report."""
-  head = ('setting', metric.title, 'change', 'after the cut', 'rate', 'bytes', 'rate in bytes',
+  head = ('setting', metric.title, 'change', 'not retrained', 'rate', 'bytes', 'rate in bytes',
           'bits per weight', 'seeds')  # fmt: skip
   rows = [
     (
@@ -239,9 +239,10 @@ def tables(summary: Sequence[dict], metric: Metric = TOP1) -> list[train.Table]:
   note = (
     'Change: against the dense network of the same seed on the same items. ± is one standard error'
     ' (seeds and items together; paired for the change). Bytes: of the whole network with values,'
-    ' indices, tables and padding; rate: dense weights over kept weights.'
+    ' indices, tables and padding; rate: dense weights over kept weights. Not retrained: cut or'
+    ' rounded, and nothing else.'
   )
-  return [train.Table('Pruned networks', head, rows, note)]
+  return [train.Table('Compressed networks', head, rows, note)]
 
 
 def pictures(
