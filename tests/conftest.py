@@ -1,5 +1,6 @@
 """Strict test setup: simulated devices, no implicit promotion, fixed seeds, data by marker."""
 
+import gc
 import os
 import pathlib
 
@@ -27,6 +28,20 @@ def _promotion(request):
     pytest.fail("say whose code promotes dtypes: @pytest.mark.promotes('Flax in bfloat16')")
   with jax.numpy_dtype_promotion('standard'):
     yield
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _bounded_programs():
+  """Compiled programs are let go of before there are too many.
+
+  XLA maps memory for each; Linux allows a process 65,530 mappings (vm.max_map_count), and a compiler
+  that gets no more of them crashes.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -39,9 +39,10 @@ def test_lenet_ladder_ends_at_the_published_rates(lenet):
     plans = experiment.ladder(setting, params, layers)
     kept = [int(sum(map(np.count_nonzero, jax.tree.leaves(sparsity.project(plan, params)[1]))))
             for plan in plans]  # fmt: skip
-    rates = {goals: 430_500 / kept[i] for i, _, goals, _ in setting.named}
-    for goals, rate in rates.items():
-      assert rate >= dict(goals)['compression'], (goals, rate)
+    asked = [(i, dict(goals)['compression']) for i, _, goals, _ in setting.named if goals]
+    assert asked
+    for i, rate in asked:
+      assert 430_500 / kept[i] >= rate, (i, rate)
     assert kept == sorted(kept, reverse=True)
   structured = experiment.ladder(config.rates.structured, params, layers)
   assert all(sum(e.kept for e in p.pruned) < 430_500 / 6 for p in structured[1:])
@@ -75,7 +76,7 @@ def test_sliced_network_says_the_same(lenet, tmp_path):
     ({'settings': ('interval3',), 'quantize.interval3.way': 'best'}, 'admm, straight'),
     ({'settings': ('interval3',), 'quantize.interval3.start': 'filters'}, "a dense network is ''"),
     ({'settings': ('interval3',), 'quantize.interval3.rungs': (9,)}, 'no rung 9'),
-    ({'settings': ('interval3',), 'quantize.interval3.rungs': (0,)}, 'rung 1 is not among'),
+    ({'settings': ('interval3',), 'quantize.interval3.rungs': (0,)}, 'rung 3 is not among'),
     ({'settings': ('interval3',), 'quantize.interval3.levels': 'odd'}, 'power_of_two'),
     ({'settings': ('interval3',), 'quantize.interval3.bits': (('.*', 9),)}, 'bits=9'),
   ],
