@@ -6,6 +6,7 @@
 | --- | --- | --- |
 | `lenet5` (default) | LeNet-5 on MNIST, unstructured to 71x, 348x and 500x by ADMM and gradually, structured along a ladder; three seeds | 2 cores, an hour and a half |
 | `lenet5_quantized` | rungs of those ladders on 3 and 2 bits, equal steps and powers of two | 2 cores, an hour and a half |
+| `lenet5_compact` | a narrower LeNet-5 first, then its weights; all training images | 2 cores, an hour |
 | `lenet5_binary` | LeNet-5, every weight a sign, first and last layers too | 2 cores, half an hour |
 | `resnet20` | published ResNet-20 for CIFAR-10, unstructured and structured, float and 4 bits | 2 cores, a day |
 | `resnet50` | ImageNet, unstructured to 8 | TPU v3-8, 8 GPUs or more |
@@ -24,7 +25,7 @@ from experiments import cifar
 from experiments.compression import admm_recipe, gradual_recipe, recipe
 
 PRESETS = (
-  'lenet5', 'lenet5_quantized', 'lenet5_binary', 'resnet20', 'resnet50', 'alexnet', 'vgg16', 'smoke',
+  'lenet5', 'lenet5_quantized', 'lenet5_compact', 'lenet5_binary', 'resnet20', 'resnet50', 'alexnet', 'vgg16', 'smoke',
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def base() -> ml_collections.ConfigDict:
   config.distill.temperature = 4.0
   config.dense = recipe(lr=0.1, epochs=90.0, weight_decay=1e-4)
   config.admm = admm_recipe(lr=1e-3, epochs=30.0, schedule='constant', weight_decay=1e-4)
-  config.gradual = gradual_recipe(lr=1e-3, epochs=30.0, optimizer='adam')  # of kind 'pooled'
+  config.gradual = gradual_recipe(lr=1e-3, epochs=30.0, optimizer='adam')  # 'pooled', 'units'
   config.retrain = recipe(lr=1e-2, epochs=10.0, weight_decay=1e-4)  # rungs on the way
   config.finish = recipe(lr=1e-2, epochs=40.0, weight_decay=1e-4)  # rungs that count
 
@@ -85,18 +86,21 @@ def base() -> ml_collections.ConfigDict:
   return config
 
 
-def ladder(kind: str, layers: tuple, rungs: tuple, named: tuple = (), last: str = ''):
+def ladder(
+  kind: str, layers: tuple, rungs: tuple, named: tuple = (), last: str = '', start: str = ''
+) -> ml_collections.ConfigDict:
   """A setting: what each rung keeps of each layer, and the rungs that have a name and goals.
 
   Args:
-    kind: 'unstructured', 'structured' (filters and columns at once), or 'pooled' (all layers that a
-      regex matches have one budget).
+    kind: 'unstructured', 'structured' (filters and columns at once), 'pooled' (all layers that a
+      regex matches have one budget), or 'units' (filters, which leave as those of 'pooled' do).
     layers: regexes of the layers; the first that matches wins.
     rungs: kept fractions, one for each layer, from mild to sparse.
     named: (index of a rung, name, ((metric, goal), ...), reference); these are retrained at length
       and recorded. A setting without them is retrained at length on every rung, and of it the
       sparsest rung that loses at most `loss_goal` is recorded.
     last: the layer of a structured network whose filters are the classes.
+    start: a ladder whose sparsest rung this one begins with; '': the dense network.
   """
   setting = ml_collections.ConfigDict()
   setting.kind = kind
@@ -104,6 +108,7 @@ def ladder(kind: str, layers: tuple, rungs: tuple, named: tuple = (), last: str 
   setting.rungs = rungs
   setting.named = named
   setting.last = last
+  setting.start = start
   setting.filter_share = 0.5  # of a structured layer's rate: the part of its filters, in logarithms
   return setting
 
@@ -197,6 +202,13 @@ def lenet5() -> ml_collections.ConfigDict:
   )
   config.rates.pooled = ladder('pooled', ('.*/kernel',), budgets[:4], pooled[:4])
   config.rates.pooled_further = ladder('pooled', ('.*/kernel',), budgets, pooled)
+  # Fewer units first: what is left is easier to train, and its places take fewer bits.
+  config.rates.units = ladder('units', layers[:3], ((0.55, 0.44, 0.14),))
+  config.rates.compact = ladder(
+    'pooled', ('.*/kernel',), ((0.006,), (0.00287,)),
+    ((0, 'compact167', (), ''), (1, 'compact348', (*bounds, ('compression', 348.0)), claim)),
+    start='units',
+  )  # fmt: skip
   config.gradual = gradual_recipe(optimizer='adam', lr=2e-3, epochs=10.0)
   config.settings = ('unstructured', 'pooled', 'structured')
 
@@ -226,6 +238,11 @@ def lenet5() -> ml_collections.ConfigDict:
     'pooled', 3, (2,), ((2, 'interval3_file', (goals[0], *goals[2:]), reference),),
     floats='bfloat16',
   )  # fmt: skip
+  q.compact3_file = levels(
+    'compact', 3, (0,), ((0, 'compact3_file', (goals[0], *goals[2:]), reference),),
+    floats='bfloat16',
+  )  # fmt: skip
+  q.compact3 = levels('compact', 3, (1,), ((1, 'compact3', goals, reference),))
   q.interval3_structured = levels('structured', 3, (1, 3), ((3, 'interval3_structured', (), ''),))
   lossless = (('top1', 99.0),), 'arXiv 1907.02124: fully binarized without loss'
   q.binary = levels(
@@ -245,6 +262,17 @@ def lenet5_quantized() -> ml_collections.ConfigDict:
     'interval3', 'interval3_file', 'interval32', 'power_of_two3', 'interval4_sparser',
     'interval3_structured',
   )  # fmt: skip
+  return config
+
+
+def lenet5_compact() -> ml_collections.ConfigDict:
+  """LeNet-5 made narrower, then sparse; no image is held out, for nothing is chosen."""
+  config = lenet5()
+  config.data.train_split, config.data.held_out_split = 'train', ''
+  config.gradual.update(epochs=8.0, renewals=24)
+  config.finish.epochs = 14.0
+  config.pull.epochs, config.mapping.epochs = 3.0, 10.0
+  config.settings = ('compact', 'compact3_file', 'compact3')
   return config
 
 

@@ -7,6 +7,7 @@ A dense network is trained (or loaded); every *setting* prunes it along a ladder
   unstructured   the largest weights of every layer
   pooled         the weights that the loss would miss most, of all layers together; in place of ADMM
                  they leave one after the other
+  units          filters alone, in the same way: what is left is a narrower network
   structured     whole filters and whole columns (one input position of all filters) at once;
                  at the end what no path reads leaves the network, and the smaller one is checked
 
@@ -36,7 +37,8 @@ from experiments import compression as cp
 from experiments.harness import data_label, record_once, say
 from fqjax import files, quantize, sparsity, train
 
-KINDS = ('unstructured', 'structured', 'pooled')
+KINDS = ('unstructured', 'structured', 'pooled', 'units')
+GRADUAL = ('pooled', 'units')
 WAYS = ('admm', 'straight')
 # Fields that may change between a run and its continuation.
 _FREE = re.compile(
@@ -132,11 +134,24 @@ def check(config) -> None:
         raise ValueError(
           f'config.rates.{name} has {len(setting.layers)} layers and a rung of {len(keeps)}: {keeps}'
         )
+    check_start(config, name)
     if wrong := [i for i, *_ in setting.named if not 0 <= i < len(setting.rungs)]:
       raise ValueError(f'config.rates.{name}.named: there is no rung {wrong[0]}')
   cp.check_distill(config.distill)
   for name in ('dense', 'admm', 'gradual', 'retrain', 'finish', 'pull', 'mapping', 'straight'):
     cp.check_recipe(name, config[name])
+
+
+def check_start(config, name: str) -> None:
+  """Refuses a ladder that begins with one there is not, or with itself; see `check`."""
+  seen = [name]
+  while start := config.rates[seen[-1]].start:
+    if start not in config.rates or start in seen:
+      raise ValueError(
+        f'config.rates.{seen[-1]}.start={start!r}: another of {", ".join(config.rates)}; the dense '
+        "network is ''"
+      )
+    seen.append(start)
 
 
 def check_levels(config, name: str) -> None:
@@ -178,6 +193,8 @@ def ladder(setting, params, layers, rungs=None) -> list[sparsity.Plan]:
       return sparsity.Unstructured(keep=keep)
     if setting.kind == 'pooled':
       return sparsity.Pooled(keep=float(keep), scope=pattern)
+    if setting.kind == 'units':
+      return sparsity.Filters(keep=keep)
     if pattern == setting.last:  # its filters are the classes
       return sparsity.Columns(keep=keep)
     filters = keep**setting.filter_share
@@ -210,23 +227,40 @@ def climbs(config) -> dict[str, int]:
   return found
 
 
-def climbed(config, name: str, run: cp.Run, dense: tasks.Variables, count: int):
-  """The first `count` rungs of a setting, one after the other."""
-  setting, between, way = config.rates[name], None, config.admm
+def climbed(config, name: str, run: cp.Run, dense: tasks.Variables, count: int | None = None):
+  """The first `count` rungs of a setting, one after the other; all by default."""
+  setting, between, way, start = config.rates[name], None, config.admm, (dense, None)
+  if setting.start:
+    *_, last = climbed(config, setting.start, beside(run, setting.start), dense)
+    start = last.variables, last.masks
   plans = ladder(setting, dense.params, run.task.layers)
-  if setting.kind == 'pooled':
-    way = config.gradual
+  if setting.kind in GRADUAL:
+    way, alive = config.gradual, alive_share(start[1])
 
     def between(rung, count):
-      before = setting.rungs[rung - 1] if rung else (1.0,) * len(setting.layers)
+      before = setting.rungs[rung - 1] if rung else (alive,) * len(setting.layers)
       keeps = [
-        np.geomspace(a, b, count + 1)[1:] for a, b in zip(before, setting.rungs[rung], strict=True)
+        np.geomspace(max(a, b), b, count + 1)[1:]
+        for a, b in zip(before, setting.rungs[rung], strict=True)
       ]
       return ladder(setting, dense.params, run.task.layers, zip(*keeps, strict=True))
 
   long = {i for i, *_ in config.rates[name].named} or range(len(plans))
   recipes = tuple(config.finish if i in long else config.retrain for i in range(len(plans)))
-  return itertools.islice(cp.climb(run, dense, plans, way, recipes, between), count)
+  rungs = cp.climb(run, start[0], plans, way, recipes, between, masks=start[1])
+  return itertools.islice(rungs, count)
+
+
+def beside(run: cp.Run, name: str) -> cp.Run:
+  """The same network on its way in another setting."""
+  return run._replace(folder=run.folder.parent / name)
+
+
+def alive_share(masks) -> float:
+  """Of the weights that have masks; 1 without masks."""
+  sizes = [(np.size(m), np.count_nonzero(m)) for m in jax.tree.leaves(masks)]
+  total = sum(size for size, _ in sizes)
+  return sum(alive for _, alive in sizes) / total if total else 1.0
 
 
 # ---------------------------------------------------------------------------- levels

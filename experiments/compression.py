@@ -295,16 +295,18 @@ def climb(
   admm_config,
   retrain_config,
   between: Callable[[int, int], Sequence[Any]] | None = None,
+  masks: PyTree | None = None,
 ) -> Iterator[Rung]:
   """For every plan: ADMM or gradual pruning, hard projection, retraining of the survivors, scores.
 
   Args:
     run: the network on its way.
-    variables: trained, dense.
+    variables: trained, dense or with `masks`.
     plans: each sparser than the one before; what died stays dead.
     admm_config: an ADMM recipe, or with `between` a gradual one; 0 epochs cut at once.
     retrain_config: a recipe, or one for each plan.
     between: (rung, count) -> so many plans from the rung before to this one.
+    masks: of weights that live at the start; None: all do.
   """
   task, state = run.task, variables.model_state
   recipes = retrain_config if isinstance(retrain_config, tuple) else (retrain_config,) * len(plans)
@@ -328,7 +330,7 @@ def climb(
     params, state = phase(run, f'{number:02d}-retrain', start, recipes[number], held=masks)
     return params
 
-  for rung in rules.progressive(variables.params, plans, compress, retrain):
+  for rung in rules.progressive(variables.params, plans, compress, retrain, masks=masks):
     done = recalibrated(task, Variables(rung.params, state))
     found = scores(run, f'{number:02d}-retrained', done, anew=False)
     yield Rung(plans[number], done, rung.masks, found, cut)
