@@ -58,7 +58,8 @@ def run(experiment: Callable[[Any, pathlib.Path], Any]) -> None:
 def check_same_experiment(workdir: pathlib.Path, config, free: re.Pattern) -> None:
   """Refuses to go on in a folder that holds runs of another configuration.
 
-  Sections that the program did not have yet at the time of the earlier run may be as they like.
+  Sections that the program did not have yet at the time of the earlier run may be as they like, at
+  any depth; a field that came later into a section may be empty or zero: it switches nothing on.
 
   Args:
     workdir: the folder; its `config.json`, if any, is of the earlier run.
@@ -71,19 +72,29 @@ def check_same_experiment(workdir: pathlib.Path, config, free: re.Pattern) -> No
   path = workdir / 'config.json'
   if not path.exists():
     return
-  old = flatten_dict(json.loads(path.read_text()), sep='.')
+  before = json.loads(path.read_text())
+  old = flatten_dict(before, sep='.')
   new = flatten_dict(json.loads(config.to_json_best_effort()), sep='.')
-  sections = {k.split('.')[0] for k in old}
   differ = [
     f'{k}: {old.get(k)} there, {new.get(k)} now'
     for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k) and not free.fullmatch(k) and k.split('.')[0] in sections
+    if old.get(k) != new.get(k) and not free.fullmatch(k) and not came_later(before, k, new.get(k))
   ]
   if differ:
     raise ValueError(
       f'{workdir} holds runs of another configuration:\n  ' + '\n  '.join(differ) + '\n'
       'Name another --workdir, or repeat the flags of the earlier run to go on with it.'
     )
+
+
+def came_later(before: dict, field: str, value) -> bool:
+  """Whether an older configuration had no such section, or no such field and the value is empty."""
+  *sections, name = field.split('.')
+  for section in sections:
+    if section not in before:
+      return True
+    before = before[section]
+  return name not in before and not value
 
 
 def begin(config, workdir: pathlib.Path, free: re.Pattern):

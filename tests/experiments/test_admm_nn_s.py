@@ -35,7 +35,8 @@ def test_presets_are_complete_and_valid(preset):
 def test_lenet_ladder_ends_at_the_published_rates(lenet):
   _, params, layers = lenet
   config = configs.get_config('lenet5')
-  for setting in (config.rates.unstructured, config.rates.pooled, config.rates.pooled_further):
+  for name in ('unstructured', 'pooled', 'pooled_further', 'compact'):
+    setting = config.rates[name]
     plans = experiment.ladder(setting, params, layers)
     kept = [int(sum(map(np.count_nonzero, jax.tree.leaves(sparsity.project(plan, params)[1]))))
             for plan in plans]  # fmt: skip
@@ -70,6 +71,8 @@ def test_sliced_network_says_the_same(lenet, tmp_path):
     ({'settings': ('filters',)}, 'unknown setting'),
     ({'rates.unstructured.kind': 'random'}, 'kind'),
     ({'rates.unstructured.rungs': ((0.5,),)}, 'a rung of 1'),
+    ({'rates.compact.start': 'unit', 'settings': ('compact',)}, "rates.compact.start='unit'"),
+    ({'rates.units.start': 'compact', 'settings': ('compact',)}, "rates.units.start='compact'"),
     ({'rates.unstructured.named': ((9, 'x', (), ''),)}, 'no rung 9'),
     ({'dense.optimizer': 'lamb'}, 'config.dense.optimizer'),
     ({'mapping.lr': 0.0}, 'config.mapping needs'),
@@ -213,13 +216,57 @@ def test_survivors_and_dense_networks_go_on_levels(tmp_path, monkeypatch, capsys
   assert ' steps' not in capsys.readouterr().out
 
 
+@pytest.mark.promotes('optax')
+def test_a_ladder_begins_where_another_ends(tmp_path, monkeypatch, capsys):
+  config = small(monkeypatch)
+  config.rates.units = configs.ladder('units', ('conv1/kernel', 'conv2/kernel'), ((0.5, 0.25),))
+  config.rates.compact = configs.ladder('pooled', ('.*/kernel',), ((0.2,),), start='units')
+  config.settings, config.gradual.renewals = ('compact',), 3
+  (row,) = experiment.experiment(config, tmp_path)
+  assert row['setting'] == 'compact' and abs(row['kept'] / row['weights'] - 0.2) < 0.002
+  like = tiny_conv.init(jax.random.key(0))
+  read = lambda name: jax.tree.map(
+    lambda w: np.asarray(w) != 0,
+    cp.load_variables(tmp_path / 'seed0' / name / '00-retrain' / 'variables.npz', like).params,
+  )
+  units, compact = read('units'), read('compact')
+  for layer, alive in (('conv1', 4), ('conv2', 4)):
+    filters = units[layer]['kernel'].any((0, 1, 2))
+    assert filters.sum() == alive and units[layer]['kernel'][..., filters].all()
+  for layer in units:  # what died stays dead
+    assert not np.any(compact[layer]['kernel'] & ~units[layer]['kernel'])
+  # The units are not trained again by a run that asks for them too.
+  capsys.readouterr()
+  config.settings = ('units', 'compact')
+  found = experiment.experiment(config, tmp_path)
+  assert [r['setting'] for r in found] == ['units', 'compact'] and found[1] == row
+  assert ' steps' not in capsys.readouterr().out
+
+
+def test_what_is_alive_of_what_has_masks():
+  masks = {'a': np.array([True, False]), 'b': None, 'c': np.zeros((2, 3), bool)}
+  assert experiment.alive_share(masks) == 1 / 8
+  assert experiment.alive_share(None) == experiment.alive_share({'b': None}) == 1.0
+
+
 def test_sections_that_came_later_do_not_stop_an_older_run(tmp_path, monkeypatch):
   config = small(monkeypatch)
   old = json.loads(config.to_json_best_effort())
   for section in ('quantize', 'pull', 'mapping', 'straight'):
     del old[section]
+  # Within a section that was there: a ladder that came later, and a field that says nothing.
+  config.rates.later = configs.ladder('pooled', ('.*/kernel',), ((0.1,),), start='unstructured')
+  del old['rates']['unstructured']['start']
   (tmp_path / 'config.json').write_text(json.dumps(old))
   experiment.harness.check_same_experiment(tmp_path, config, experiment._FREE)
+  config.rates.unstructured.start = 'later'
+  with pytest.raises(ValueError, match='rates.unstructured.start: None there, later now'):
+    experiment.harness.check_same_experiment(tmp_path, config, experiment._FREE)
+  config.rates.unstructured.start = ''
+  config.model.options.width = 0.5  # of options that were empty
+  with pytest.raises(ValueError, match='model.options.width: None there'):
+    experiment.harness.check_same_experiment(tmp_path, config, experiment._FREE)
+  del config.model.options.width
   old['dense']['lr'] = 7.0
   (tmp_path / 'config.json').write_text(json.dumps(old))
   with pytest.raises(ValueError, match='dense.lr: 7.0 there'):
