@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fqjax import sparsity as sp
-from fqjax.runtime.codecs import bank, bitmask, blocks, csr, darb, nm, relative, slices
+from fqjax.runtime.codecs import bank, bitmask, blocks, csr, darb, nm, relative, rice, slices
 
 Decoder = Callable[[], jax.Array]
 
@@ -49,6 +49,20 @@ def of_relative(e: relative.Encoded) -> dict[str, Decoder]:
     return _scatter(e.shape, jnp.cumsum(gaps.astype(jnp.int32) + 1) - 1, values)
 
   return {'scatter': _program(decode, e.gaps, e.values)}
+
+
+def of_rice(e: rice.Encoded) -> dict[str, Decoder]:
+  ends = np.cumsum((e.gaps >> e.low_bits) + 1) - 1
+  unary = np.zeros(ends[-1] + 1, bool)
+  unary[ends] = True
+
+  def decode(unary, low, values):
+    high = jnp.diff(jnp.flatnonzero(unary, size=values.size), prepend=-1) - 1
+    gaps = (high << e.low_bits) | low.astype(jnp.int32)
+    return _scatter(e.shape, jnp.cumsum(gaps + 1) - 1, values)
+
+  low = (e.gaps & ((1 << e.low_bits) - 1)).astype(np.uint16)
+  return {'scatter': _program(decode, unary, low, e.values)}
 
 
 def of_bitmask(e: bitmask.Encoded) -> dict[str, Decoder]:
@@ -163,6 +177,7 @@ DECODERS = {
   darb.Encoded: of_darb,
   nm.Encoded: of_nm,
   relative.Encoded: of_relative,
+  rice.Encoded: of_rice,
   slices.Encoded: of_slices,
 }
 
@@ -179,6 +194,7 @@ def stored_matrices(small: bool) -> tuple[dict[str, dict[str, Decoder]], dict[st
   made = {
     'CSR': (anywhere, csr),
     'relative': (anywhere, relative),
+    'Rice': (anywhere, rice),
     'bitmask': (anywhere, bitmask),
     'blocks of 4x4': (sp.Blocks(4, 4, keep=keep), None),
     'blocks of 1x4': (sp.Blocks(1, 4, keep=keep), None),

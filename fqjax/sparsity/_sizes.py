@@ -187,8 +187,8 @@ class Stored(NamedTuple):
 def cheapest(w, layout: str, value_bits: int | None = None, zero_bits: int | None = None) -> Stored:
   """The smallest stored form of an array, found by looking at its zeros alone.
 
-  For networks pruned elsewhere, of which no plan is known. Tried are dense, bitmask, relative and CSR
-  indices, whole slices, blocks of 1x4 and 4x4, N:4 along inputs and outputs, banks of 16, blocks of
+  For networks pruned elsewhere, of which no plan is known. Tried are dense, bitmask, relative, Rice
+  and CSR indices, whole slices, blocks of 1x4 and 4x4, N:4 along inputs and outputs, banks of 16, blocks of
   DARB, kernel patterns with and without missing kernels, and taps punched out of 8x4 kernels.
 
   Args:
@@ -233,7 +233,7 @@ def cheapest(w, layout: str, value_bits: int | None = None, zero_bits: int | Non
 
 def _tries(arrays, o: int, i: int, m: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
   """Formats, views and settings to try, the plainest first."""
-  yield from ((name, 'rows', {}) for name in ('bitmask', 'csr', 'relative'))
+  yield from ((name, 'rows', {}) for name in ('bitmask', 'csr', 'relative', 'rice'))
   yield from (('slices', view, {'axes': (0, 1)}) for view in ('rows', 'kernels'))
   for rows, columns in ((1, 4), (4, 4)):
     if rows <= o and columns <= m * i:

@@ -23,6 +23,7 @@ _OTHERS = (
   'float32',
   'int8',
   'bitmask',
+  'rice',
   'raw',
 )
 

@@ -58,13 +58,28 @@ class Stranger:
     if entry['form'] == 'raw':
       return list(struct.unpack(f'<{count}f', data))
     magic, version, kind, bits = struct.unpack('<6sBBB', data[:9])
-    assert magic == {'dense': b'FQDENS', 'bitmask': b'FQBITS'}[entry['form']] and version == 1
+    assert (
+      magic == {'dense': b'FQDENS', 'bitmask': b'FQBITS', 'rice': b'FQRICE'}[entry['form']]
+      and version == 1
+    )
     rank = data[9]
     body = data[10 + 4 * rank :]
     live = [True] * count
     if entry['form'] == 'bitmask':
       live = [bool(body[i // 8] >> i % 8 & 1) for i in range(count)]
       body = body[-(-count // 8) :]
+    if entry['form'] == 'rice':
+      entries, low, length = struct.unpack('<IBI', body[:9])
+      unary, lows = body[9:], body[9 + -(-length // 8) :]
+      body, live, at, zeros, found = lows[-(-entries * low // 8) :], [False] * count, -1, 0, 0
+      for i in range(length):
+        if not unary[i // 8] >> i % 8 & 1:
+          zeros += 1
+          continue
+        rest = int.from_bytes(lows, 'little') >> found * low & (1 << low) - 1
+        at, zeros, found = at + 1 + (zeros << low) + rest, 0, found + 1
+        live[at] = True
+      assert found == entries
     if kind == 0:
       values = iter(struct.unpack(f'<{sum(live)}f', body))
       return [next(values) if here else 0.0 for here in live]
@@ -91,6 +106,7 @@ def test_a_stranger_reads_the_weights(optimize):
     'both': np.where(
       rng.random((24, 50)) < 0.4, rng.choice(np.float32([-1, -0.3, 0.4, 2]), (24, 50)), 0
     ).astype(np.float32),
+    'few': np.where((rng.random((50, 60)) < 0.02) | np.eye(50, 60, dtype=bool), rng.normal(size=(50, 60)), 0).astype(np.float32),
   }  # fmt: skip
 
   def network(params, x):
@@ -99,12 +115,12 @@ def test_a_stranger_reads_the_weights(optimize):
     return x
 
   data = fqjax.export(
-    lambda p, x: network({k: p[k] for k in ('raw', 'pruned', 'levels', 'both')}, x),
+    lambda p, x: network({k: p[k] for k in ('raw', 'pruned', 'levels', 'both', 'few')}, x),
     params, jnp.zeros((1, 16)), optimize=optimize,
   ).data  # fmt: skip
   reader = Stranger(data)
   forms = {entry['name']: entry['form'] for entry in reader.header['arrays']}
-  assert sorted(forms.values()) == ['bitmask', 'bitmask', 'dense', 'raw']
+  assert sorted(forms.values()) == ['bitmask', 'bitmask', 'dense', 'raw', 'rice']
   for entry in reader.header['arrays']:
     want = params[entry['name']]
     got = np.float32(reader.array(entry))
@@ -112,7 +128,7 @@ def test_a_stranger_reads_the_weights(optimize):
     stored = [want.shape[axis] for axis in order]
     np.testing.assert_array_equal(got.reshape(stored).transpose(np.argsort(order)), want)
   [graph] = reader.header['graphs']
-  assert [node[0] for node in graph['nodes']] == ['dot', 'tanh'] * 4
+  assert [node[0] for node in graph['nodes']] == ['dot', 'tanh'] * 5
 
 
 @pytest.mark.parametrize('kind', ['speed', 'size', 'int8'])

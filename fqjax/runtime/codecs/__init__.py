@@ -22,7 +22,7 @@ raises ValueError naming format, section and byte, and no shape beyond `limit` e
 
     matrices [R, C]    csr, nm, blocks, bank, darb
     kernels [O, I, M]  punched, pcnn, patterns, fkw      M taps, row-major
-    any shape          dense, bitmask, relative, slices
+    any shape          dense, bitmask, relative, rice, slices
 """
 
 from types import ModuleType
@@ -39,6 +39,7 @@ from fqjax.runtime.codecs import patterns as patterns
 from fqjax.runtime.codecs import pcnn as pcnn
 from fqjax.runtime.codecs import punched as punched
 from fqjax.runtime.codecs import relative as relative
+from fqjax.runtime.codecs import rice as rice
 from fqjax.runtime.codecs import slices as slices
 from fqjax.runtime.codecs._container import Bits as Bits
 
@@ -47,6 +48,7 @@ CODECS: dict[str, ModuleType] = {
   'bitmask': bitmask,
   'csr': csr,
   'relative': relative,
+  'rice': rice,
   'nm': nm,
   'blocks': blocks,
   'slices': slices,

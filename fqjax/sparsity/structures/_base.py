@@ -248,7 +248,7 @@ class Structure(abc.ABC):
   def _store(self, array: np.ndarray, mask: np.ndarray) -> Any:
     """Stored form of the leaf's view; by default the smallest of those that hold any mask."""
     array, mask = array.reshape(len(array), -1), mask.reshape(len(array), -1)
-    formats = (codecs.bitmask, codecs.csr, codecs.relative)
+    formats = (codecs.bitmask, codecs.csr, codecs.relative, codecs.rice)
     stored = [f.encode(array, mask) for f in formats]
     costs = [f.bits(e).total for f, e in zip(formats, stored, strict=True)]
     return stored[int(np.argmin(costs))]

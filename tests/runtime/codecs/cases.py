@@ -135,6 +135,7 @@ MAKERS = {
   'bitmask': _any(lambda rng: {}),
   'csr': _csr,
   'relative': _any(lambda rng: {'gap_bits': rng.choice([None, 0, 1, 3, 5, 16])}),
+  'rice': _any(lambda rng: {'low_bits': rng.choice([None, 0, 1, 3, 24])}),
   'nm': _nm,
   'blocks': _blocks,
   'slices': _slices,

@@ -19,6 +19,7 @@ from fqjax.runtime.codecs import (
   pcnn,
   punched,
   relative,
+  rice,
   slices,
 )
 
@@ -73,6 +74,7 @@ def test_bfloat16_goes_as_raw_bits():
     (lambda: csr.encode(KERNELS), 'rank 2'),
     (lambda: csr.encode(ONES, index_bits=2), 'index_bits=2 for 6 columns must be 3..32'),
     (lambda: relative.encode(ONES, gap_bits=17), 'gap_bits=17 must be 0..16'),
+    (lambda: rice.encode(ONES, low_bits=25), 'low_bits=25 must be 0..24'),
     (lambda: relative.expected_bits(0.0, 8, 4), r'density=0.0 must be in \(0, 1\]'),
     (lambda: nm.encode(ONES, 2, 4), '2:4 of 6 columns'),
     (lambda: nm.encode(ONES, 1, 3), 'group 0 of row 0 has 3 live weights, at most 1 fit'),

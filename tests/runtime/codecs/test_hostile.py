@@ -117,6 +117,7 @@ _WIDE[1, 1:, [1, 2, 4, 5]] = 2
     ('csr', _EYE, {}, lambda e: {'pointers': e.pointers[::-1]}, 'do not begin at 0'),
     ('csr', _EYE * 0 + 1, {}, lambda e: {'columns': e.columns[::-1]}, 'do not ascend'),
     ('relative', _EYE, {'gap_bits': 4}, lambda e: {'gaps': e.gaps + 1}, 'gaps at byte .* reach'),
+    ('rice', _EYE, {'low_bits': 2}, lambda e: {'gaps': e.gaps + 1}, 'gaps at byte .* reach'),
     ('nm', _EYE, {'n': 1, 'm': 3}, lambda e: {'index': e.index + 1}, 'do not ascend below 3'),
     ('nm', _EYE, {'n': 2, 'm': 3}, lambda e: {'index': e.index * 0}, 'do not ascend below 3'),
     ('blocks', _EYE, {'rows': 2, 'columns': 2}, lambda e: {'columns': e.columns + 1}, 'reach 3 of 3'),
@@ -146,6 +147,26 @@ _WIDE[1, 1:, [1, 2, 4, 5]] = 2
 def test_lies_of_each_format(name, array, settings, change, message):
   with pytest.raises(ValueError, match=message) as e:
     _damage(name, array, change, **settings)
+  assert WHERE.match(str(e.value))
+
+
+@pytest.mark.parametrize(
+  ('at', 'put', 'message'),
+  [
+    (22, 25, 'low bits at byte .* are 25'),
+    (18, 37, 'entries at byte .* are 37, the array has 36'),
+    (18, 5, 'unary part at byte .* has 6 ends in 11 bits, for 5 entries'),
+    (23, 10, 'unary part at byte .* ends wrong'),
+    (23, 255, 'unary part at byte .* needs 32 bytes'),
+    (27, 0, 'unary part at byte .* ends in 11 bits, for 6 entries'),
+  ],
+)
+def test_lies_of_a_unary_part(at, put, message):
+  codec = CODECS['rice']
+  data = bytearray(codec.to_bytes(codec.encode(_EYE, low_bits=2)))
+  data[at] = put
+  with pytest.raises(ValueError, match=message) as e:
+    codec.from_bytes(bytes(data))
   assert WHERE.match(str(e.value))
 
 

@@ -18,6 +18,7 @@ from fqjax.runtime.codecs import (
   patterns,
   pcnn,
   relative,
+  rice,
 )
 from tests.runtime.codecs import cases
 
@@ -238,6 +239,31 @@ def test_fillers_of_random_places():
     assert entries * (8 + b) / kept.sum() == pytest.approx(
       relative.expected_bits(0.05, 8, b), rel=0.01
     )
+
+
+def test_unary_gaps_example():
+  w = np.zeros(40, np.int8)
+  w[[2, 3, 25, 39]] = 7  # gaps 2, 0, 21, 13
+  for b, unary in ((0, 40), (3, 0 + 0 + 2 + 1 + 4), (4, 1 + 4), (5, 4)):
+    found = rice.bits(rice.encode(w, low_bits=b), 4)
+    assert (found.index, found.values) == (unary + 4 * b, 16)
+  assert rice.encode(w).low_bits == 3
+  data = rice.to_bytes(rice.encode(w, low_bits=4))
+  # Behind the header: ends of the entries, a zero before the third as 21 is 16 + 5; what is left of the
+  # gaps, 2, 0, 5, 13; values.
+  assert data[23:] == bytes([0b11011, 0x02, 0xD5, 7, 7, 7, 7])
+
+
+def test_unary_gaps_are_near_the_entropy_of_random_places():
+  rng = np.random.default_rng(0)
+  for density in (0.2, 0.05, 0.01, 0.002):
+    kept = rng.random(400_000) < density
+    entropy = -density * np.log2(density) - (1 - density) * np.log2(1 - density)
+    found = rice.bits(rice.encode(kept.astype(np.int8)), 3)
+    assert 0.95 * entropy < found.index / kept.size < 1.03 * entropy
+    # Fixed gaps pay for their fillers, too.
+    fixed = relative.bits(relative.encode(kept.astype(np.int8), value_bits=3), 3)
+    assert sum(found[:2]) < 0.96 * sum(fixed[:2])
 
 
 # --- Patterns with connectivity ---
