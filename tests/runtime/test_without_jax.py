@@ -29,4 +29,4 @@ def test_codecs_need_numpy_only():
   out = subprocess.run(
     [sys.executable, '-c', CODE], capture_output=True, text=True, check=True, cwd=ROOT
   )
-  assert out.stdout.strip() == '13 []'
+  assert out.stdout.strip() == '14 []'

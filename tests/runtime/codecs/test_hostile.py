@@ -157,6 +157,7 @@ def test_lies_of_each_format(name, array, settings, change, message):
     (18, 37, 'entries at byte .* are 37, the array has 36'),
     (18, 5, 'unary part at byte .* has 6 ends in 11 bits, for 5 entries'),
     (23, 10, 'unary part at byte .* ends wrong'),
+    (23, 12, 'unary part at byte .* has 6 ends in 12 bits, for 6 entries and an end as the last'),
     (23, 255, 'unary part at byte .* needs 32 bytes'),
     (27, 0, 'unary part at byte .* ends in 11 bits, for 6 entries'),
   ],
