@@ -205,8 +205,8 @@ def lenet5() -> ml_collections.ConfigDict:
   # Fewer units first: what is left is easier to train, and its places take fewer bits.
   config.rates.units = ladder('units', layers[:3], ((0.55, 0.44, 0.14),))
   config.rates.compact = ladder(
-    'pooled', ('.*/kernel',), ((0.006,), (0.00287,)),
-    ((0, 'compact167', (), ''), (1, 'compact348', (*bounds, ('compression', 348.0)), claim)),
+    'pooled', ('.*/kernel',), ((0.0067,), (0.00287,)),
+    ((0, 'compact149', (), ''), (1, 'compact348', (*bounds, ('compression', 348.0)), claim)),
     start='units',
   )  # fmt: skip
   config.gradual = gradual_recipe(optimizer='adam', lr=2e-3, epochs=10.0)
