@@ -63,7 +63,9 @@ def encode(
   places = np.flatnonzero(live)
   gaps = np.diff(places, prepend=-1) - 1
   if low_bits is None:
-    low_bits = int(np.argmin([_index_bits(gaps, b) for b in range(_MOST_LOW + 1)]))
+    # Where 2**b is above the mean, unary parts take less than two bits: more low bits cost more.
+    most = min(_MOST_LOW, int(gaps.mean()).bit_length() if gaps.size else 0)
+    low_bits = int(np.argmin([_index_bits(gaps, b) for b in range(most + 1)]))
   if not 0 <= low_bits <= _MOST_LOW:
     raise ValueError(f'low_bits={low_bits} must be 0..{_MOST_LOW}.')
   return Encoded(array.shape, low_bits, gaps, array.ravel()[places])

@@ -254,6 +254,16 @@ def test_unary_gaps_example():
   assert data[23:] == bytes([0b11011, 0x02, 0xD5, 7, 7, 7, 7])
 
 
+def test_low_bits_are_the_best_there_are():
+  rng = np.random.default_rng(0)
+  for shape in (0.1, 0.3, 1.0, 4.0):  # from a few huge gaps among small ones to gaps alike
+    gaps = (rng.gamma(shape, 40 / shape, 2000)).astype(np.int64)
+    w = np.zeros(int((gaps + 1).sum()) + 5, np.int8)
+    w[np.cumsum(gaps + 1) - 1] = 1
+    costs = [rice.bits(rice.encode(w, low_bits=b), 1).index for b in range(25)]
+    assert rice.bits(rice.encode(w), 1).index == min(costs)
+
+
 def test_unary_gaps_are_near_the_entropy_of_random_places():
   rng = np.random.default_rng(0)
   for density in (0.2, 0.05, 0.01, 0.002):
