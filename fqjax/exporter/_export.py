@@ -253,6 +253,7 @@ def export(
       _integers(one, graph, own, batches, in_float)
       for one, graph, own in zip(traced, graphs, variables, strict=True)
     ]
+  graphs = [passes.fuse_sums(graph) for graph in graphs]
   with _Bar(sys.stderr.isatty() if progress is None else progress) as bar:
     graphs, arrays = _encoded(graphs, bar)
   for graph in graphs:

@@ -71,6 +71,10 @@ def clamp(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
   return elementwise(types, attributes)
 
 
+def add_clamp(types: list[Type], attributes: Mapping[str, Any]) -> list[Type]:
+  return clamp(elementwise(types, attributes), attributes)
+
+
 def power(types: list[Type], _: Mapping[str, Any]) -> list[Type]:
   return [(broadcast_shapes([shape for shape, _ in types]), types[0][1])]
 

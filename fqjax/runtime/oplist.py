@@ -151,6 +151,8 @@ OPS: Mapping[str, Op] = {
   'is_finite': Op(1, {}, _rules.compare),
   # max with low, then min with high; None is no limit
   'clamp': Op(1, {'low': 'a number or None', 'high': 'a number or None'}, _rules.clamp),
+  # a sum, clamped
+  'add_clamp': Op(2, {'low': 'a number or None', 'high': 'a number or None'}, _rules.add_clamp),
   # inputs: which, where False, where True
   'select': Op(3, {}, _rules.select),
   'cast': Op(1, {'dtype': _DTYPE}, _rules.cast),

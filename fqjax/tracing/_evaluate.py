@@ -155,6 +155,7 @@ _RUN: dict[str, Callable] = {
   'round': _round,
   'is_finite': lax.is_finite,
   'clamp': _clamp,
+  'add_clamp': lambda a, b, low, high: _clamp(lax.add(a, b), low, high),
   'select': _select,
   'cast': lambda x, dtype: lax.convert_element_type(x, jnp.dtype(dtype)),
   **{op: getattr(lax, op) for op in oplist.REDUCE},

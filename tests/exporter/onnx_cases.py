@@ -97,6 +97,8 @@ CASES = {
   'clamp': (one('clamp', X, low=-0.5, high=None),),
   'relu': (one('clamp', X, low=0.0, high=None),),
   'relu6': (one('clamp', X, low=0.0, high=0.5),),
+  'add_clamp': (one('add_clamp', X, floats(1, 4, 6), low=-0.5, high=0.5),),
+  'relu of a sum': (one('add_clamp', X, X, low=0.0, high=None),),
   'select': (one('select', B, X, floats(1, 4, 6)),),
   'select of bools': (one('select', B, B, B),),
   'cast': (one('cast', X, dtype='int32'),),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fqjax.exporter.passes import freeze, move_transposes, share_common
+from fqjax.exporter.passes import freeze, fuse_sums, move_transposes, share_common
 from fqjax.models import create_model
 from fqjax.runtime import reference
 from fqjax.runtime.graph import Graph, Node, Tensor, validate
@@ -160,3 +160,7 @@ def test_what_is_left_of_mobilenet():
   assert [body.count(op) for op in ('conv', 'add', 'clamp')] == [52, 62, 35]
   assert set(body) == {'conv', 'add', 'clamp'}
   assert (mean, division, classifier, bias) == ('reduce_sum', 'div', 'dot', 'add')
+  # In a file a clamp is part of the sum before it.
+  *body, mean, division, classifier, bias = ops(fuse_sums(graph))
+  assert [body.count(op) for op in ('conv', 'add', 'add_clamp')] == [52, 27, 35]
+  assert set(body) == {'conv', 'add', 'add_clamp'}

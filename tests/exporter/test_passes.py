@@ -14,6 +14,7 @@ from fqjax.exporter.passes import (
   fold_constants,
   freeze,
   fuse_activations,
+  fuse_sums,
   without_dead,
 )
 from fqjax.models import create_model
@@ -171,6 +172,27 @@ def test_activations_are_one_node():
     np.testing.assert_array_equal(a, b)
   assert ops(fused).count('clamp') == 7 and ops(fused).count('max') == 1
   assert str(fused.nodes[0]) == 'clamp(input) low=0.0 high=6.0'
+
+
+def test_sums_and_their_activations_are_one_node():
+  def network(p, x):
+    a = jax.nn.relu(x + p)
+    b = a + x
+    c = jax.nn.relu6(a + b)  # of two tensors
+    d = x + 1  # read twice
+    e = x + 2  # a result, too
+    return c, jax.nn.relu(d) * d, e, jax.nn.relu(e), jnp.minimum(b, 3.0)
+
+  x = np.linspace(-8, 8, 18, dtype=np.float32).reshape(2, 9)
+  graph = freeze(
+    to_graph(network, np.float32(0.5), jax.ShapeDtypeStruct((1, 9), np.float32)), np.float32(0.5)
+  )
+  fused = fuse_sums(graph)
+  validate(fused)
+  for a, b in zip(reference.run(fused, [x]), reference.run(graph, [x]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert [ops(fused).count(op) for op in ('add_clamp', 'add', 'clamp')] == [2, 3, 3]
+  assert ops(graph).count('clamp') == 5
 
 
 def test_dead_code_and_constants():

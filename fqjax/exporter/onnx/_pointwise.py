@@ -148,14 +148,24 @@ def is_finite(w: Writer, node: Node) -> None:
 
 def clamp(w: Writer, node: Node) -> None:
   """Relu where that is what it is, which engines fuse best."""
-  ([x], order), dtype = w.aligned(node.inputs), w.dtype(node.inputs[0])
+  [x], order = w.aligned(node.inputs)
+  w.bind(node.outputs[0], _limited(w, node, x), order)
+
+
+def add_clamp(w: Writer, node: Node) -> None:
+  """Add, and what `clamp` is."""
+  (values, order), dtype = w.aligned(node.inputs), w.dtype(node.inputs[0])
+  wide = WIDER.get(dtype, dtype)
+  y = w.cast(w.emit('Add', *(w.cast(v, dtype, wide) for v in values)), wide, dtype)
+  w.bind(node.outputs[0], _limited(w, node, y), order)
+
+
+def _limited(w: Writer, node: Node, x: str) -> str:
   low, high = node.attributes['low'], node.attributes['high']
   if (low, high) == (0.0, None):
-    y = w.emit('Relu', x)
-  else:
-    limits = ['' if limit is None else w.scalar(limit, dtype) for limit in (low, high)]
-    y = w.emit('Clip', x, *limits)
-  w.bind(node.outputs[0], y, order)
+    return w.emit('Relu', x)
+  dtype = w.dtype(node.inputs[0])
+  return w.emit('Clip', x, *('' if end is None else w.scalar(end, dtype) for end in (low, high)))
 
 
 def select(w: Writer, node: Node) -> None:
@@ -185,6 +195,7 @@ HANDLERS: Mapping[str, Callable[[Writer, Node], None]] = {
   'round': round_,
   'is_finite': is_finite,
   'clamp': clamp,
+  'add_clamp': add_clamp,
   'select': select,
   'cast': cast,
 }

@@ -1,6 +1,7 @@
 """Small functions graph -> graph; none changes what the graph computes beyond rounding."""
 
 from fqjax.exporter.passes._activations import fuse_activations as fuse_activations
+from fqjax.exporter.passes._activations import fuse_sums as fuse_sums
 from fqjax.exporter.passes._batch_norm import fold_batch_norm as fold_batch_norm
 from fqjax.exporter.passes._common import share_common as share_common
 from fqjax.exporter.passes._constants import bind_parameters as bind_parameters
@@ -16,6 +17,7 @@ __all__ = [
   'fold_constants',
   'freeze',
   'fuse_activations',
+  'fuse_sums',
   'move_transposes',
   'rename',
   'share_common',

@@ -1,4 +1,4 @@
-"""ReLU and its relatives as one node."""
+"""ReLU and its relatives as one node, and that one with the sum before it."""
 
 import dataclasses
 
@@ -66,3 +66,38 @@ def _joined(first: Node, second: Node) -> Node | None:
   if None not in both.values() and both['low'] > both['high']:
     return None
   return second._replace(inputs=first.inputs, attributes=both)
+
+
+def fuse_sums(graph: Graph) -> Graph:
+  """Writes a sum whose only reader is a `clamp` as one node: a bias or a residual, and its ReLU.
+
+  The last pass before a file: others look for sums and clamps.
+
+  Args:
+    graph: any.
+
+  Returns:
+    The graph with the same results, bit for bit.
+
+  Example:
+    >>> from fqjax.exporter.passes import freeze
+    >>> from fqjax.tracing import to_graph
+    >>> network = lambda b, x: jax.nn.relu(x + b)
+    >>> traced = to_graph(network, jnp.ones(2), jnp.ones((1, 2)))
+    >>> [node.op for node in fuse_sums(freeze(traced, jnp.ones(2))).nodes]
+    ['add_clamp']
+  """
+  readers, nodes = consumers(graph), list(graph.nodes)
+  dropped: set[int] = set()
+  for i, node in enumerate(graph.nodes):
+    [out] = node.outputs if node.op == 'add' else [None]
+    if out is None or out in graph.outputs or len(readers[out]) != 1:
+      continue
+    [j] = readers[out]
+    if (after := graph.nodes[j]).op != 'clamp':
+      continue
+    # Where the sum was: nothing between the two reads what the clamp writes.
+    nodes[i] = Node('add_clamp', node.inputs, after.outputs, after.attributes, node.scope)
+    dropped.add(j)
+  kept = tuple(node for i, node in enumerate(nodes) if i not in dropped)
+  return without_dead(dataclasses.replace(graph, nodes=kept))

@@ -121,6 +121,15 @@ def _clamp(x, low, high) -> np.ndarray:
   return x if high is None else np.minimum(x, x.dtype.type(high))
 
 
+def _add_clamp(a, b, low, high) -> np.ndarray:
+  y = np.asarray(a + b)
+  if low is not None:
+    np.maximum(y, y.dtype.type(low), out=y)
+  if high is not None:
+    np.minimum(y, y.dtype.type(high), out=y)
+  return y
+
+
 def _sum(x, axes) -> np.ndarray:
   # NumPy adds pairwise along the last axis only; a mean over an image would lose two digits.
   wide = np.float64 if x.dtype.kind == 'f' else x.dtype
@@ -224,6 +233,7 @@ FLOAT: Mapping[str, Callable] = {
   'round': _round,
   'is_finite': np.isfinite,
   'clamp': _clamp,
+  'add_clamp': _add_clamp,
   'select': lambda which, no, yes: np.where(which, yes, no),
   'cast': lambda x, dtype: x.astype(dtype),
   'reduce_sum': _sum,

@@ -97,6 +97,15 @@ def test_clamps_equal_jax():
     [got], [want] = reference.run_node(node, [x]), evaluate_node(node, [x])
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(got, np.clip(x, low, high))
+    for other in (np.float32(0.5), x[::-1]):
+      node = Node('add_clamp', ('x', 'b'), ('y',), {'low': low, 'high': high})
+      [got], [want] = reference.run_node(node, [x, other]), evaluate_node(node, [x, other])
+      np.testing.assert_array_equal(got, want)
+      np.testing.assert_array_equal(got, np.clip(x + other, low, high))
+  odd = np.float32([np.nan, np.inf, -np.inf])
+  for array in (odd, odd.copy()):
+    node = Node('add_clamp', ('x', 'b'), ('y',), {'low': 0.0, 'high': 6.0})
+    assert str(reference.run_node(node, [array, np.float32([1, 1, 1])])[0]) == '[nan  6.  0.]'
 
 
 def test_halves_away_from_zero_and_zeros_with_their_sign():
