@@ -71,6 +71,12 @@ class Out(NamedTuple):
   boxes: list
 
 
+def test_a_layer_is_two_nodes():
+  params = {'kernel': normal(3, 2), 'bias': normal(2)}
+  artifact = fqjax.export(dense, params, jnp.zeros((1, 3)))
+  assert [node.op for node in artifact.graphs[0].nodes] == ['dot', 'add_clamp']
+
+
 def test_containers_come_back():
   def network(params, x, *, flags):
     y = x @ params
