@@ -202,6 +202,7 @@ def lenet5() -> ml_collections.ConfigDict:
   )
   config.rates.pooled = ladder('pooled', ('.*/kernel',), budgets[:4], pooled[:4])
   config.rates.pooled_further = ladder('pooled', ('.*/kernel',), budgets, pooled)
+  config.rates.pooled_file = ladder('pooled', ('.*/kernel',), (*budgets[:2], (0.0056,)))
   # Fewer units first: what is left is easier to train, and its places take fewer bits.
   config.rates.units = ladder('units', layers[:3], ((0.55, 0.44, 0.14),))
   config.rates.compact = ladder(
@@ -236,6 +237,10 @@ def lenet5() -> ml_collections.ConfigDict:
   )
   q.interval3_file = levels(
     'pooled', 3, (2,), ((2, 'interval3_file', (goals[0], *goals[2:]), reference),),
+    floats='bfloat16',
+  )  # fmt: skip
+  q.pooled3_file = levels(
+    'pooled_file', 3, (2,), ((2, 'pooled3_file', (goals[0], *goals[2:]), reference),),
     floats='bfloat16',
   )  # fmt: skip
   q.compact3_file = levels(
