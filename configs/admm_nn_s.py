@@ -133,7 +133,7 @@ def levels(
   setting.levels = 'interval'  # 'power_of_two', 'ternary', 'binary', 'uniform'
   setting.per = 'layer'  # what shares a scale; 'channel'
   setting.way = 'admm'  # and progressive mapping; 'straight': straight-through
-  setting.floats = 'float32'  # of biases in the file; 'bfloat16'
+  setting.floats = 'float32'  # of biases in the file; 'bfloat16', 'int8', 'int6'
   setting.update(fields)
   return setting
 
@@ -241,7 +241,7 @@ def lenet5() -> ml_collections.ConfigDict:
   )  # fmt: skip
   q.pooled3_file = levels(
     'pooled_file', 3, (2,), ((2, 'pooled3_file', (goals[0], *goals[2:]), reference),),
-    floats='bfloat16',
+    floats='int6',
   )  # fmt: skip
   q.compact3_file = levels(
     'compact', 3, (0,), ((0, 'compact3_file', (goals[0], *goals[2:]), reference),),

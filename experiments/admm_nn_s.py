@@ -171,8 +171,8 @@ def check_levels(config, name: str) -> None:
     raise ValueError(f'{where}.rungs: there is no rung {wrong[0]}')
   if wrong := [i for i, *_ in setting.named if i not in setting.rungs]:
     raise ValueError(f'{where}.named: rung {wrong[0]} is not among its rungs {setting.rungs}')
-  if setting.floats not in ('float32', 'bfloat16'):
-    raise ValueError(f"{where}.floats={setting.floats!r}: choose 'float32', 'bfloat16'")
+  if setting.floats not in levels.FLOATS:
+    raise ValueError(f'{where}.floats={setting.floats!r}: choose {", ".join(levels.FLOATS)}')
   for _, bits in setting.bits:
     levels.quantizer(setting.levels, bits, setting.per)
 

@@ -25,6 +25,8 @@ PyTree = Any
 # When parts are mapped, in shares of the phase. The whole is before the last fifth: batch norm and
 # biases settle around it.
 _MAPPED_AT = (0.0, 0.3, 0.55, 0.8)
+# What biases may be in a file.
+FLOATS = ('float32', 'bfloat16', 'int8', 'int6')
 _MADE: dict[str, Callable[[int, str], quantize.Quantizer]] = {
   'interval': lambda bits, per: quantize.Interval(bits, per),
   'power_of_two': lambda bits, per: quantize.PowerOfTwo(bits, per),
@@ -81,8 +83,8 @@ def as_file(
     task: what it is scored on.
     variables: on levels.
     path: of the file.
-    floats: 'float32', or 'bfloat16' for biases rounded to half as many bytes, after what nothing
-      reads is gone; it is the rounded network that is scored.
+    floats: of biases, see `FLOATS`; rounded after what nothing reads is gone, and it is the rounded
+      network that is scored.
 
   Returns:
     file_bytes: all of the file, header and checksums included.
@@ -91,14 +93,23 @@ def as_file(
   apply, stored = model.apply, {'params': variables.params, **variables.model_state}
   if floats != 'float32':
     small = sparsity.remove_unused(apply, stored, jnp.asarray(task.sample[:1]))
-    few = lambda x: x.astype(floats).astype(x.dtype) if x.ndim < 2 else x
-    apply, stored = small.apply, jax.tree.map(lambda x: few(jnp.asarray(x)), small.variables)
+    few = lambda x: rounded(np.asarray(x), floats) if np.ndim(x) < 2 else x
+    apply, stored = small.apply, jax.tree.map(few, small.variables)
   artifact = fqjax.export(apply, stored, task.sample[:1], optimize='size', progress=False)
   artifact.save(path)
   files.write_text(path.with_suffix('.txt'), artifact.report())
   assert task.elsewhere is not None
   right = task.elsewhere(runtime.load(path))['test']
   return {'file_bytes': float(path.stat().st_size), 'file_top1': 100 * float(right.mean())}
+
+
+def rounded(x: np.ndarray, floats: str) -> np.ndarray:
+  """An array of `FLOATS`, in its own type: integers are whole multiples of a part of its largest."""
+  if floats in ('float32', 'bfloat16'):
+    return np.asarray(jnp.asarray(x).astype(floats).astype(x.dtype))
+  most = 2 ** (int(floats.removeprefix('int')) - 1) - 1
+  step = x.dtype.type(np.abs(x).max(initial=0) / most)
+  return np.rint(x / step).astype(x.dtype) * step if step else x
 
 
 # ---------------------------------------------------------------------------- training

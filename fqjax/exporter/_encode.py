@@ -111,10 +111,13 @@ def few_levels(array: np.ndarray, layout: str) -> Values | None:
   if found is not None and found.bits <= 4:
     return found
   outputs = axes(layout, array.ndim)[0] if layout else ()
+  if not layout and array.ndim > 1 and array.shape[0] == 1:
+    outputs = (0,)  # a bias: one scale for all of it
   if len(outputs) == 1 and array.dtype == np.float32:
     [axis] = outputs
     by_channel = _steps(array, axis) or _levels_of_channels(array, axis)
-    if by_channel is not None and (found is None or by_channel.bits < found.bits):
+    cost = lambda values: values.bits * array.size + values.table_bits
+    if by_channel is not None and (found is None or cost(by_channel) < cost(found)):
       return by_channel
   return found
 

@@ -203,16 +203,28 @@ def test_a_file_is_scored_like_the_network_in_it(tmp_path):
   assert 'levels' in (tmp_path / 'model.txt').read_text()
   biased = jax.tree.map(lambda w: np.linspace(0, 0.01, w.size) if w.ndim == 1 else w, params)
   biased = tasks.Variables(jax.tree.map(np.float32, jax.tree.map(few, biased)), {})
-  whole, halves = (
-    levels.as_file(model, task, biased, tmp_path / f'{name}.fqx', name)
-    for name in ('float32', 'bfloat16')
+  whole, halves, bytes_, less = (
+    levels.as_file(model, task, biased, tmp_path / f'{name}.fqx', name) for name in levels.FLOATS
   )
   assert halves['file_bytes'] < whole['file_bytes'] - 500
-  assert abs(halves['file_top1'] - whole['file_top1']) < 10
+  assert bytes_['file_bytes'] < halves['file_bytes'] - 200
+  assert less['file_bytes'] < bytes_['file_bytes'] - 50
+  for found in (halves, bytes_, less):
+    assert abs(found['file_top1'] - whole['file_top1']) < 10
   np.testing.assert_array_equal(
     task.elsewhere(lambda x: np.eye(10)[np.arange(len(x)) % 10])['test'],
     [source[i]['label'] == i % 16 % 10 for i in range(30)],
   )
+
+
+def test_biases_become_steps_of_their_largest():
+  x = np.float32([0.31, -0.157, 0.0044, 0])
+  np.testing.assert_array_equal(
+    levels.rounded(x, 'int6') / np.float32(0.01), np.float32([31, -16, 0, 0])
+  )
+  assert np.abs(levels.rounded(x, 'int8') - x).max() <= 0.31 / 127 / 2 + 1e-7
+  assert not levels.rounded(x * 0, 'int8').any()
+  np.testing.assert_array_equal(levels.rounded(x, 'float32'), x)
 
 
 def test_a_student_learns_what_the_teacher_says():

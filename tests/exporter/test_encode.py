@@ -184,3 +184,10 @@ def test_indices_beyond_the_levels():
   assert stored.levels is not None
   with pytest.raises(_file.ArtifactError, match='beyond its 8 levels'):
     tamper(stored._replace(levels=stored.levels[:8]))()
+
+
+def test_a_bias_of_whole_steps_has_one_scale():
+  steps = np.random.default_rng(5).integers(-31, 32, 200)
+  stored = encode('bias', (steps * np.float32(0.013)).astype(np.float32)[None], '')
+  assert stored.scales is not None and stored.scales.shape == (1,) and stored.axis == 0
+  assert stored.bytes < 200  # 6 bits each; a table of 63 values alone takes 252 bytes
