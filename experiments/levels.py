@@ -109,7 +109,8 @@ def rounded(x: np.ndarray, floats: str) -> np.ndarray:
     return np.asarray(jnp.asarray(x).astype(floats).astype(x.dtype))
   most = 2 ** (int(floats.removeprefix('int')) - 1) - 1
   step = x.dtype.type(np.abs(x).max(initial=0) / most)
-  return np.rint(x / step).astype(x.dtype) * step if step else x
+  # Plus 0: -0.0 is no step.
+  return np.rint(x / step).astype(x.dtype) * step + 0 if step else x
 
 
 # ---------------------------------------------------------------------------- training

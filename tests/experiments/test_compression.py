@@ -218,12 +218,13 @@ def test_a_file_is_scored_like_the_network_in_it(tmp_path):
 
 
 def test_biases_become_steps_of_their_largest():
-  x = np.float32([0.31, -0.157, 0.0044, 0])
+  x = np.float32([0.31, -0.157, 0.0044, -0.0044])
   np.testing.assert_array_equal(
     levels.rounded(x, 'int6') / np.float32(0.01), np.float32([31, -16, 0, 0])
   )
   assert np.abs(levels.rounded(x, 'int8') - x).max() <= 0.31 / 127 / 2 + 1e-7
   assert not levels.rounded(x * 0, 'int8').any()
+  assert np.signbit(levels.rounded(x, 'int6')).tolist() == [False, True, False, False]
   np.testing.assert_array_equal(levels.rounded(x, 'float32'), x)
 
 
