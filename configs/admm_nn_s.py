@@ -264,7 +264,7 @@ def lenet5_quantized() -> ml_collections.ConfigDict:
   """Survivors of LeNet-5 on few levels: 1,235 weights of 3 bits are 463 bytes, 3,719x."""
   config = lenet5()
   config.settings = (
-    'interval3', 'interval3_file', 'interval32', 'power_of_two3', 'interval4_sparser',
+    'interval3', 'interval3_file', 'pooled3_file', 'interval32', 'power_of_two3', 'interval4_sparser',
     'interval3_structured',
   )  # fmt: skip
   return config
