@@ -83,8 +83,8 @@ def fuse_sums(graph: Graph) -> Graph:
     >>> from fqjax.exporter.passes import freeze
     >>> from fqjax.tracing import to_graph
     >>> network = lambda b, x: jax.nn.relu(x + b)
-    >>> traced = to_graph(network, jnp.ones(2), jnp.ones((1, 2)))
-    >>> [node.op for node in fuse_sums(freeze(traced, jnp.ones(2))).nodes]
+    >>> traced = to_graph(network, jnp.float32(1), jnp.ones((1, 2)))
+    >>> [node.op for node in fuse_sums(freeze(traced, jnp.float32(1))).nodes]
     ['add_clamp']
   """
   readers, nodes = consumers(graph), list(graph.nodes)
